@@ -1,0 +1,90 @@
+"""What a method, a format and a checkpoint are to the rest of lowbit: shapes of plain objects, no base classes to inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.core.qtensor import QTensor
+from lowbit.core.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """Where weights are read from, lazily, tensor by tensor, under Hugging Face names."""
+
+    location: Path
+    config: dict[str, Any]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by name. Raises nothing: the headers were checked when the checkpoint was opened."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises CheckpointError."""
+        ...
+
+    def companions(self) -> dict[str, Path]:
+        """Files that belong beside the weights (tokenizer, generation config, chat template): name -> path."""
+        ...
+
+    def identity(self) -> str:
+        """A hash of names, sizes and headers: the same weights give the same identity, at no reading cost."""
+        ...
+
+
+class Format(Protocol):
+    """How the numbers of a quantized layer are stored in a directory of safetensors files."""
+
+    name: str
+
+    def refuse(self, scheme: Scheme) -> str | None:
+        """Why this format cannot hold `scheme`, with the nearest scheme or format that works; None if it can."""
+        ...
+
+    def layout(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """The stored tensors of one linear layer [out, in] by suffix ("qweight", "weight_scale", ...), exactly as `encode`
+        will give them. `dtype` is the model's 16-bit dtype. Known before any calibration, so sizes are exact."""
+        ...
+
+    def encode(self, tensor: QTensor, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+        """QTensor -> stored tensors by suffix."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
+        """Stored tensors by suffix -> QTensor; the exact inverse of `encode`. Raises FormatError."""
+        ...
+
+    def quantization_config(self, layers: Mapping[str, Scheme], skipped: list[str]) -> dict[str, Any]:
+        """The `quantization_config` entry of config.json, for the quantized `layers` (module path -> scheme) and the
+        linear layers left in 16 bits. Raises FormatError when one configuration cannot say all of it."""
+        ...
+
+    def schemes(self, quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
+        """The inverse: a function from module path to its scheme (None: not quantized). Raises FormatError."""
+        ...
+
+    def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Further JSON files that loaders of this format look for: name -> content."""
+        ...

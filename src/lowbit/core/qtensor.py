@@ -1,0 +1,73 @@
+"""QTensor: a quantized weight matrix, the one thing that methods return and formats store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.core.scheme import WeightScheme
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight matrix [out, in], before any packing.
+
+    codes: [out, in]. Integer schemes: uint8, unsigned, 0..2**bits-1. "float": float8_e4m3fn.
+        Code book schemes (nf4, fp4, mxfp4, nvfp4): uint8 index into the code book.
+    scale: [out, groups] ([1, 1] per tensor, [ceil(out/g), ceil(in/g)] for blocks), in the dtype that is stored
+        (float16, bfloat16 or float32), so that what is computed here is what a runtime computes.
+    zero: [out, groups] uint8, unsigned zero points; None for a symmetric scheme (2**(bits-1)) and for floats.
+    group_index: [in] int32, the group of each column, when it is not `column // group_size` (act-order that moves groups).
+    scheme: the numbers.
+    extra: further stored tensors by name (a second-level scale, an input scale); empty for most.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    scheme: WeightScheme
+    zero: Tensor | None = None
+    group_index: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def column_groups(self) -> Tensor:
+        """[in] int64: the group of each column."""
+        if self.group_index is not None:
+            return self.group_index.long()
+        columns = self.codes.shape[1]
+        return torch.arange(columns, device=self.codes.device) // self.scheme.columns_per_scale(columns)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in] in `dtype`: float32(code - zero) * float32(scale), rounded once at the end.
+
+        Raises ValueError for a code book scheme: those are decoded by their own method file.
+        """
+        if self.scheme.kind not in ("int", "float"):
+            raise ValueError(f"{self.scheme.kind} has a code book: use its method's decoder")
+        if self.scheme.granularity == "block":
+            size, (rows, columns) = self.scheme.group_size, self.shape
+            scale = self.scale.float().repeat_interleave(size, 0)[:rows].repeat_interleave(size, 1)[:, :columns]
+            return (self.codes.float() * scale).to(dtype)
+        groups = self.column_groups()
+        scale = self.scale.float()[:, groups]
+        if self.scheme.kind == "float":
+            return (self.codes.float() * scale).to(dtype)
+        zero = self.scheme.middle if self.zero is None else self.zero.float()[:, groups]
+        return ((self.codes.float() - zero) * scale).to(dtype)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same tensor on another device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        extra = None if self.extra is None else {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return QTensor(
+            self.codes.to(device), self.scale.to(device), self.scheme, move(self.zero), move(self.group_index), extra
+        )
