@@ -1,4 +1,4 @@
-"""Packing of small unsigned codes into int32 words, the layout shared by the gptq and compressed-tensors formats."""
+"""Packing of small unsigned codes into int32 words, the layout shared by the gptq, awq and compressed-tensors formats."""
 
 from __future__ import annotations
 
@@ -6,47 +6,63 @@ import torch
 from torch import Tensor
 
 
-def pack_int32(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Pack unsigned codes along `dim`, least significant bits first.
+def packed_size(count: int, bits: int) -> int:
+    """Number of int32 words that `count` codes of `bits` bits take."""
+    return -(-count * bits // 32)
 
-    codes: integers in 0..2**bits-1 with the packed dimension padded by zeros to a whole number of words.
-    Returns int32 with `dim` shortened to ceil(n * bits / 32). For bits that divide 32 every word holds 32/bits whole
-    codes; 3 bits run on across word borders (AutoGPTQ's layout: 32 codes in 3 words).
+
+def pack_int32(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Pack unsigned codes along `dim` into one stream of bits, least significant bits first.
+
+    codes: integers in 0..2**bits-1, bits 1..8. Returns int32 with `dim` shortened to ceil(n * bits / 32), padded with zeros.
+    Where bits divide 32 every word holds 32/bits whole codes; other codes run on across word borders, 32 codes in `bits`
+    words (AutoGPTQ's 3 bit layout and compressed-tensors' `pack_to_int32`).
     """
-    columns = codes.movedim(dim, -1).to(torch.int64)
-    per_word = 32 // bits
+    rows = codes.movedim(dim, -1)
+    words = packed_size(rows.shape[-1], bits)
     if 32 % bits:
-        return _pack_dense(columns, bits).movedim(-1, dim).contiguous()
-    padding = -columns.shape[-1] % per_word
-    columns = torch.nn.functional.pad(columns, (0, padding)).unflatten(-1, (-1, per_word))
-    shifts = torch.arange(per_word, device=codes.device) * bits
-    words = (columns << shifts).sum(-1)
-    return _as_int32(words).movedim(-1, dim).contiguous()
+        return _pack_stream(rows, bits)[..., :words].movedim(-1, dim).contiguous()
+    per_word = 32 // bits
+    padded = torch.nn.functional.pad(rows, (0, words * per_word - rows.shape[-1]))
+    packed = torch.zeros(*rows.shape[:-1], words, dtype=torch.int32, device=codes.device)
+    for position in range(per_word):
+        packed |= padded[..., position::per_word].to(torch.int32) << (bits * position)
+    return packed.movedim(-1, dim).contiguous()
 
 
 def unpack_int32(words: Tensor, bits: int, dim: int, count: int) -> Tensor:
     """The inverse of `pack_int32`: the first `count` codes along `dim`, as uint8."""
-    packed = words.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF
+    packed = words.movedim(dim, -1)
     if 32 % bits:
-        codes = _unpack_dense(packed, bits)
-    else:
-        shifts = torch.arange(0, 32, bits, device=words.device)
-        codes = ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
-    return codes[..., :count].to(torch.uint8).movedim(-1, dim).contiguous()
+        return _unpack_stream(packed, bits)[..., :count].movedim(-1, dim).contiguous()
+    per_word = 32 // bits
+    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * per_word, dtype=torch.uint8, device=words.device)
+    for position in range(per_word):
+        codes[..., position::per_word] = ((packed >> (bits * position)) & (2**bits - 1)).to(torch.uint8)
+    return codes[..., :count].movedim(-1, dim).contiguous()
 
 
-def _as_int32(words: Tensor) -> Tensor:
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+def _pack_stream(rows: Tensor, bits: int) -> Tensor:
+    """[..., n] codes -> [..., ceil(n/32) * bits] words: code i of 32 starts at bit i * bits of its `bits` words."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
+    packed = torch.zeros(*padded.shape[:-1], bits, dtype=torch.int32, device=rows.device)
+    for position in range(32):
+        word, offset = divmod(position * bits, 32)
+        packed[..., word] |= padded[..., position] << offset
+        if offset + bits > 32:
+            packed[..., word + 1] |= padded[..., position] >> (32 - offset)
+    return packed.flatten(-2)
 
 
-def _pack_dense(codes: Tensor, bits: int) -> Tensor:
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
-    stream = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
-    stream = stream.flatten(-2).unflatten(-1, (-1, 32))
-    return _as_int32((stream << torch.arange(32, device=codes.device)).sum(-1))
-
-
-def _unpack_dense(words: Tensor, bits: int) -> Tensor:
-    stream = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
-    stream = stream.unflatten(-1, (-1, bits))
-    return (stream << torch.arange(bits, device=words.device)).sum(-1)
+def _unpack_stream(words: Tensor, bits: int) -> Tensor:
+    """[..., w] words -> [..., ceil(w / bits) * 32] codes; missing last words count as zero."""
+    packed = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    codes = torch.empty(*packed.shape[:-1], 32, dtype=torch.uint8, device=words.device)
+    for position in range(32):
+        word, offset = divmod(position * bits, 32)
+        low = min(bits, 32 - offset)
+        code = (packed[..., word] >> offset) & (2**low - 1)
+        if low < bits:
+            code = code | ((packed[..., word + 1] & (2 ** (bits - low) - 1)) << low)
+        codes[..., position] = code.to(torch.uint8)
+    return codes.flatten(-2)

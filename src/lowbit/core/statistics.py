@@ -1,0 +1,74 @@
+"""What calibration leaves behind of the inputs of a linear layer: the Gram matrix and a few channel statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class InputStatistics:
+    """Sums over calibration tokens x [in] of the inputs of one or more linear layers that share them.
+
+    gram: [in, in] float32, sum of x x^T, after `finish` the mean; what the GPTQ paper calls the Hessian, but for a factor 2.
+    cross: [in, in] float32, of (x_original - x) x^T likewise, when the inputs of the original model are collected too.
+    largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs.
+    tokens: number of tokens summed.
+    """
+
+    def __init__(self, features: int, device: torch.device, *, gram: bool = True, cross: bool = False) -> None:
+        self.features = features
+        self.tokens = 0
+        self.gram = torch.zeros(features, features, device=device) if gram else None
+        self.cross = torch.zeros(features, features, device=device) if cross else None
+        self.largest = torch.zeros(features, device=device)
+        self.absolute = torch.zeros(features, device=device)
+
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., in], 16 or 32 bit; `original` [..., in] are the same tokens' inputs in the original model."""
+        x = inputs.reshape(-1, self.features)
+        self.tokens += x.shape[0]
+        magnitude = x.abs()
+        self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
+        self.absolute += magnitude.sum(0, dtype=torch.float32)
+        if self.gram is not None:
+            accumulate_product_(self.gram, x, x)
+        if self.cross is not None and original is not None:
+            accumulate_product_(self.cross, original.reshape(-1, self.features).to(x.dtype) - x, x)
+
+    def finish(self) -> None:
+        """Turn the matrices from sums into means over tokens, in place: at a 7B's down projection each is half a GiB."""
+        for matrix in (self.gram, self.cross):
+            if matrix is not None:
+                matrix.div_(max(self.tokens, 1))
+
+
+def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] float32 += left^T right, for left [tokens, m] and right [tokens, n], summed in float32.
+
+    16-bit inputs are multiplied as they are: the products are exact in float32, and converting first would cost several
+    times the time on matrix units.
+    """
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    elif left.is_cuda:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    elif left.dtype == torch.bfloat16:
+        with _bfloat16_products():
+            total.addmm_(left.float().T, right.float())
+    else:
+        total.addmm_(left.float().T, right.float())
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """oneDNN multiplies float32 operands as bfloat16 inside: exact for operands that came from bfloat16."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

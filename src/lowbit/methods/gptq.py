@@ -1,0 +1,155 @@
+"""GPTQ: round one column at a time and let the columns still to come make up for the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2022, Algorithm 1. Additions, each switchable:
+- static act-order: columns are taken by falling input power while groups stay where they are (AutoGPTQ's static_groups);
+- grids are searched for the error that GPTQ cannot make up for (its own cost per column), not from minimum and maximum;
+- refinement: with the codes fixed the best scales are a linear least-squares problem under the Hessian; with the scales
+  fixed every code can be revisited by coordinate descent (QuantEase, Behdin et al. 2023). The two alternate;
+- asymmetric calibration: the target is the original layer on the original inputs, although the inputs that arrive come
+  from the quantized prefix (GPTAQ, Li et al. 2025). In closed form that only shifts the weights to be rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.core.errors import CalibrationError
+from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
+from lowbit.core.qtensor import QTensor
+from lowbit.core.scheme import WeightScheme
+from lowbit.core.statistics import InputStatistics
+from lowbit.methods.refine import descend_codes, fit_scales
+from lowbit.methods.rtn import make_qtensor
+
+ActOrder = Literal["static", "desc", "none"]
+_DAMP_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """percdamp: share of the mean diagonal added to the Hessian's diagonal; ten times more on each failed factorization.
+    act_order: "static" (loads everywhere), "desc" (groups move along, `desc_act`), or "none".
+    search: search grids instead of min-max. refine: rounds of scale fitting and coordinate descent after the column loop.
+    asymmetric: share (0 to 1) of the asymmetric calibration's correction that is applied; 0 turns it off.
+    """
+
+    percdamp: float = 0.01
+    act_order: ActOrder = "static"
+    search: bool = True
+    refine: int = 2
+    asymmetric: float = 0.0
+
+
+def quantize(
+    weight: Tensor,
+    statistics: InputStatistics,
+    scheme: WeightScheme,
+    options: GptqOptions,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[QTensor, float]:
+    """weight [out, in] float32, with the statistics of its inputs -> QTensor, and the damping that was needed.
+
+    Raises CalibrationError when the Hessian cannot be factored even with heavy damping.
+    """
+    hessian = statistics.gram
+    assert hessian is not None
+    idle = hessian.diagonal() <= 0  # channels that calibration never saw: give them the mean, so they round to nearest
+    hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
+    damp, inverse_factor, order = _factor(hessian, options)
+    target = _asymmetric_target(weight, hessian, statistics, options, damp)
+
+    moved = scheme.reordered
+    groups = _groups_of(order, scheme) if moved else group_of_columns(weight.shape[1], scheme, weight.device)
+    by_group = torch.argsort(groups, stable=True)
+    # what a unit of error in a column costs once the columns after it have made up for it
+    cost = torch.empty_like(hessian.diagonal())
+    cost[order] = inverse_factor.diagonal().square().reciprocal()
+    if options.search:
+        grid = search_grid(target[:, by_group], scheme, scale_dtype, cost[by_group])
+    else:
+        grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
+
+    codes = torch.empty_like(weight)
+    codes[:, order] = round_columns(target[:, order], inverse_factor, grid, groups[order], scheme.max_code)
+    del inverse_factor
+    hessian.diagonal().add_(damp)
+    for _ in range(options.refine):
+        grid = Grid(fit_scales(target, codes, grid, groups, hessian, scale_dtype), grid.zero)
+        codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
+    hessian.diagonal().sub_(damp)
+    return make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None), damp
+
+
+def round_columns(
+    weight: Tensor, inverse_factor: Tensor, grid: Grid, groups: Tensor, max_code: int, block: int = 128
+) -> Tensor:
+    """The column loop (Algorithm 1 of the paper), lazily in blocks of columns.
+
+    weight: [out, in] float32 in the order of processing. inverse_factor: [in, in], the upper Cholesky factor of the
+    inverse Hessian. groups: [in], which of the grid's groups each column belongs to. Returns codes [out, in] as float32.
+    Overwrites `weight`.
+    """
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        columns = weight[:, start:stop].T.contiguous()  # [block, out]: a column is one contiguous row
+        factor = inverse_factor[start:stop, start:stop]
+        own = groups[start:stop]
+        scale, zero = grid.scale[:, own].T.contiguous(), grid.zero[:, own].T.contiguous()
+        errors = torch.empty_like(columns)
+        for j in range(stop - start):
+            code = to_codes(columns[j], scale[j], zero[j], max_code)
+            codes[:, start + j] = code
+            errors[j] = (columns[j] - scale[j] * (code - zero[j])) / factor[j, j]
+            columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        weight[:, stop:].addmm_(errors.T, inverse_factor[start:stop, stop:], alpha=-1)
+    return codes
+
+
+def _factor(hessian: Tensor, options: GptqOptions) -> tuple[float, Tensor, Tensor]:
+    """(damping, upper Cholesky factor of the inverse of the damped and ordered Hessian, order of columns)."""
+    diagonal = hessian.diagonal()
+    order = torch.arange(len(diagonal), device=hessian.device)
+    if options.act_order != "none":
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    mean = diagonal.mean().item()
+    for retry in range(_DAMP_RETRIES):
+        damp = options.percdamp * 10**retry * mean
+        # one matrix is reused throughout: at a 7B's down projection each copy is half a GiB
+        matrix = hessian[order[:, None], order]
+        matrix.diagonal().add_(damp)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        if failed.item():
+            continue
+        matrix, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(matrix), upper=True)
+        if not failed.item() and torch.isfinite(matrix).all():
+            return damp, matrix, order
+    raise CalibrationError(
+        "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
+        hint="calibrate on other or more text (--dataset, --num-samples), or use --method rtn",
+    )
+
+
+def _groups_of(order: Tensor, scheme: WeightScheme) -> Tensor:
+    """Group of each column when groups are formed of consecutive columns in `order`."""
+    groups = torch.empty_like(order)
+    groups[order] = group_of_columns(len(order), scheme, order.device)
+    return groups
+
+
+def _asymmetric_target(
+    weight: Tensor, hessian: Tensor, statistics: InputStatistics, options: GptqOptions, damp: float
+) -> Tensor:
+    """The weights W* that best turn arriving inputs X into the original outputs W X0: W* = W + W (X0 - X) X^T (H + d)^-1."""
+    if not options.asymmetric or statistics.cross is None:
+        return weight
+    damped = hessian.clone()
+    damped.diagonal().add_(damp)
+    difference = weight @ statistics.cross
+    correction = torch.cholesky_solve(difference.T, torch.linalg.cholesky(damped)).T
+    return weight + options.asymmetric * correction

@@ -1,0 +1,56 @@
+"""Round to nearest: every weight goes to the nearest point of a grid that fits its group. Needs no calibration.
+
+With `search` the grid minimizes the squared error of the group (weighted by the inputs' power when statistics are given);
+without, it is the plain min-max grid that other tools call RTN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
+from lowbit.core.qtensor import QTensor
+from lowbit.core.scheme import WeightScheme
+from lowbit.core.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class RtnOptions:
+    """search: look for the grid with the least squared error instead of taking minimum and maximum."""
+
+    search: bool = True
+
+
+def quantize(
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    scheme: WeightScheme,
+    options: RtnOptions,
+    scale_dtype: torch.dtype = torch.float16,
+) -> QTensor:
+    """weight [out, in] float32 -> QTensor with scales in `scale_dtype`."""
+    if options.search:
+        grid = search_grid(weight, scheme, scale_dtype, _input_power(weight, statistics))
+    else:
+        grid = min_max_grid(weight, scheme, scale_dtype)
+    groups = group_of_columns(weight.shape[1], scheme, weight.device)
+    codes = to_codes(weight, grid.scale[:, groups], grid.zero[:, groups], scheme.max_code)
+    return make_qtensor(codes, grid, scheme, scale_dtype)
+
+
+def make_qtensor(
+    codes: Tensor, grid: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, group_index: Tensor | None = None
+) -> QTensor:
+    """Codes [out, in] and their grid as they are stored."""
+    zero = None if scheme.symmetric else grid.zero.to(torch.uint8)
+    index = None if group_index is None else group_index.to(torch.int32)
+    return QTensor(codes.to(torch.uint8), grid.scale.to(scale_dtype), scheme, zero, index)
+
+
+def _input_power(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
+    if statistics is None or statistics.gram is None:
+        return torch.ones(weight.shape[1], device=weight.device)
+    return statistics.gram.diagonal().clamp_min(1e-12)
