@@ -39,7 +39,8 @@ def group_scale(kind: str, scale: Tensor, extra: dict[str, Tensor] | None) -> Te
     """
     if kind == "mxfp4":
         exponent = scale.to(torch.int32)
-        return torch.where(exponent == 255, torch.nan, torch.ldexp(torch.ones_like(scale, dtype=torch.float32), exponent - 127))
+        power = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), exponent - 127)
+        return torch.where(exponent == 255, torch.nan, power)
     if kind == "nvfp4" and extra is not None and "global_scale" in extra:
         return scale.float() / extra["global_scale"].float()
     return scale.float()

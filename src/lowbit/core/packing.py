@@ -1,4 +1,4 @@
-"""Packing of small unsigned codes into int32 words, the layout shared by the gptq, awq and compressed-tensors formats."""
+"""Packing of small unsigned codes into int32 words, as the gptq, awq and compressed-tensors formats do."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def packed_size(count: int, bits: int) -> int:
 def pack_int32(codes: Tensor, bits: int, dim: int) -> Tensor:
     """Pack unsigned codes along `dim` into one stream of bits, least significant bits first.
 
-    codes: integers in 0..2**bits-1, bits 1..8. Returns int32 with `dim` shortened to ceil(n * bits / 32), padded with zeros.
-    Where bits divide 32 every word holds 32/bits whole codes; other codes run on across word borders, 32 codes in `bits`
-    words (AutoGPTQ's 3 bit layout and compressed-tensors' `pack_to_int32`).
+    codes: integers in 0..2**bits-1, bits 1..8. Returns int32 with `dim` cut to ceil(n * bits / 32), padded with
+    zeros. Where bits divide 32 every word holds 32/bits whole codes; other codes run on across word borders, 32 codes in
+    `bits` words (AutoGPTQ's 3 bit layout and compressed-tensors' `pack_to_int32`).
     """
     rows = codes.movedim(dim, -1)
     words = packed_size(rows.shape[-1], bits)
@@ -44,7 +44,8 @@ def unpack_int32(words: Tensor, bits: int, dim: int, count: int) -> Tensor:
 
 def _pack_stream(rows: Tensor, bits: int) -> Tensor:
     """[..., n] codes -> [..., ceil(n/32) * bits] words: code i of 32 starts at bit i * bits of its `bits` words."""
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 32)).to(torch.int32)
+    padded = padded.reshape(*rows.shape[:-1], -1, 32)
     packed = torch.zeros(*padded.shape[:-1], bits, dtype=torch.int32, device=rows.device)
     for position in range(32):
         word, offset = divmod(position * bits, 32)
@@ -56,7 +57,7 @@ def _pack_stream(rows: Tensor, bits: int) -> Tensor:
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     """[..., w] words -> [..., ceil(w / bits) * 32] codes; missing last words count as zero."""
-    packed = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    packed = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).reshape(*words.shape[:-1], -1, bits)
     codes = torch.empty(*packed.shape[:-1], 32, dtype=torch.uint8, device=words.device)
     for position in range(32):
         word, offset = divmod(position * bits, 32)

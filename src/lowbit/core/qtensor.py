@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.core.codebooks import codebook, group_scale
 from lowbit.core.scheme import WeightScheme
 
 
@@ -17,11 +18,15 @@ class QTensor:
     codes: [out, in]. Integer schemes: uint8, unsigned, 0..2**bits-1. "float": float8_e4m3fn.
         Code book schemes (nf4, fp4, mxfp4, nvfp4): uint8 index into the code book.
     scale: [out, groups] ([1, 1] per tensor, [ceil(out/g), ceil(in/g)] for blocks), in the dtype that is stored
-        (float16, bfloat16 or float32), so that what is computed here is what a runtime computes.
+        (float16, bfloat16 or float32; nvfp4 float8_e4m3fn; mxfp4 uint8, exponents with bias 127), so that what is
+        computed here is what a runtime computes.
     zero: [out, groups] uint8, unsigned zero points; None for a symmetric scheme (2**(bits-1)) and for floats.
-    group_index: [in] int32, the group of each column, when it is not `column // group_size` (act-order that moves groups).
+    group_index: [in] int32, the group of each column, when it is not `column // group_size` (act-order that moves
+        groups).
     scheme: the numbers.
-    extra: further stored tensors by name (a second-level scale, an input scale); empty for most.
+    extra: further stored tensors by name, each of shape [1]: "input_scale" (static activations, the model's dtype),
+        "global_scale" (nvfp4, float32: what the group scales are divided by), "input_global_scale" (float32, the same
+        for its activations).
     """
 
     codes: Tensor
@@ -44,22 +49,25 @@ class QTensor:
         return torch.arange(columns, device=self.codes.device) // self.scheme.columns_per_scale(columns)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[out, in] in `dtype`: float32(code - zero) * float32(scale), rounded once at the end.
+        """[out, in] in `dtype`: float32(value of the code) * float32(scale), rounded once at the end.
 
-        Raises ValueError for a code book scheme: those are decoded by their own method file.
+        The value is code - zero for "int", the code itself for "float", and an entry of the code book for the others.
         """
-        if self.scheme.kind not in ("int", "float"):
-            raise ValueError(f"{self.scheme.kind} has a code book: use its method's decoder")
-        if self.scheme.granularity == "block":
-            size, (rows, columns) = self.scheme.group_size, self.shape
-            scale = self.scale.float().repeat_interleave(size, 0)[:rows].repeat_interleave(size, 1)[:, :columns]
-            return (self.codes.float() * scale).to(dtype)
-        groups = self.column_groups()
-        scale = self.scale.float()[:, groups]
+        scale = self._column_scale()
         if self.scheme.kind == "float":
             return (self.codes.float() * scale).to(dtype)
-        zero = self.scheme.middle if self.zero is None else self.zero.float()[:, groups]
+        if self.scheme.kind != "int":
+            return (codebook(self.scheme.kind).to(self.codes.device)[self.codes.int()] * scale).to(dtype)
+        zero = self.scheme.middle if self.zero is None else self.zero.float()[:, self.column_groups()]
         return ((self.codes.float() - zero) * scale).to(dtype)
+
+    def _column_scale(self) -> Tensor:
+        """float32 scales of every element: [out, in], or [1, in] for a tensor's one scale."""
+        scale = group_scale(self.scheme.kind, self.scale, self.extra)
+        if self.scheme.granularity == "block":
+            size, (rows, columns) = self.scheme.group_size, self.shape
+            return scale.repeat_interleave(size, 0)[:rows].repeat_interleave(size, 1)[:, :columns]
+        return scale[:, self.column_groups()]
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""
