@@ -95,6 +95,8 @@ FILE_TYPES: dict[str, FileType] = {
     )
 }
 
+FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
+
 
 def ggml_type(name: str) -> GGMLType:
     """The type called `name` (any case); FormatError if there is none."""
@@ -108,8 +110,8 @@ def ggml_type(name: str) -> GGMLType:
 
 
 def file_type(name: str) -> FileType:
-    """The file type (mixture) called `name` (any case); FormatError if there is none."""
-    found = FILE_TYPES.get(name.upper())
+    """The file type (mixture) called `name` (any case, aliases as in llama-quantize); FormatError if there is none."""
+    found = FILE_TYPES.get(FILE_TYPE_ALIASES.get(name.upper(), name.upper()))
     if found is None:
         raise FormatError(
             f"There is no GGUF file type called {name!r}{did_you_mean(name.upper(), FILE_TYPES)}.",

@@ -83,7 +83,7 @@ def element_major(weights: Tensor, sub_block: int, per_super: int) -> Tensor:
 
 def row_major(per_sub_block: Tensor, rows: int, per_super: int) -> Tensor:
     """`[per_super * supers]` values, one a sub-block, to `[rows, cols / sub_block]`."""
-    return per_sub_block.view(per_super, -1).T.reshape(rows, -1)
+    return per_sub_block.view(per_super, -1).T.contiguous().view(rows, -1)
 
 
 def spread_importance(importance: Tensor, rows: int, sub_block: int, per_super: int) -> Tensor:

@@ -31,7 +31,7 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
     row_bytes = _check(kind, weights, importance)
     out = torch.empty(weights.shape[0], row_bytes, dtype=torch.uint8, device=weights.device)
     for rows in _chunks(weights):
-        out[rows] = _encode_chunk(kind, weights[rows], importance)
+        out[rows] = _encode_chunk(kind, weights[rows].contiguous(), importance)
     return out
 
 
