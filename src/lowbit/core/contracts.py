@@ -88,3 +88,41 @@ class Format(Protocol):
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         """Further JSON files that loaders of this format look for: name -> content."""
         ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants to be told of a layer's inputs. gram: their Gram matrix. original: also how they differ from the
+    inputs that the original model has at that place, which costs a second stream of activations."""
+
+    gram: bool = False
+    original: bool = False
+
+    @property
+    def calibration(self) -> bool:
+        """Whether any text has to be run through the model."""
+        return self.gram or self.original
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a method gives back: the numbers, and what a user should know of how they came about."""
+
+    tensor: QTensor
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose numbers for one weight matrix, or for several stacked that read the same input.
+
+    quantize(weight [out, in] float32, statistics or None, scheme, options, scale_dtype) -> Quantized.
+    options: a frozen dataclass with defaults. needs(options) says which statistics `quantize` is to be given.
+    reordered(options) says whether columns will move between groups (`desc_act`), which formats must be able to store.
+    """
+
+    name: str
+    options: type[Any]
+    quantize: Callable[..., Quantized]
+    needs: Callable[[Any], Needs]
+    reordered: Callable[[Any], bool] = lambda options: False

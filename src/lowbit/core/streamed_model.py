@@ -7,7 +7,7 @@ its blocks taken out, so no model family needs code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +53,18 @@ class StreamedModel:
         """Every parameter of the model by name, tied ones once."""
         return {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
 
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """Weights of one block as stored, on the device, by their names within the block. Raises CheckpointError."""
+        path = self.block_path(index)
+        return {name: self._read(f"{path}.{name}") for name, _ in self.blocks[index].named_parameters()}
+
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights, freed at the end."""
+    def block(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """One block filled from the checkpoint, or with `weights`, in the computing dtype; emptied at the end."""
         module = self.blocks[index]
-        self._fill(module, self.block_path(index))
+        state = weights if weights is not None else self.read_block(index)
+        module.load_state_dict({name: tensor.to(self.dtype) for name, tensor in state.items()}, strict=False, assign=True)
+        module.requires_grad_(False)
         try:
             yield module
         finally:
@@ -68,7 +75,7 @@ class StreamedModel:
         """Everything but the blocks (embeddings, final norm, head) with its weights, freed at the end."""
         blocks = {id(parameter) for parameter in self.blocks.parameters()}
         state = {
-            name: self._read(name)
+            name: self._read(name).to(self.dtype)
             for name, parameter in self.skeleton.named_parameters()
             if id(parameter) not in blocks
         }
@@ -98,10 +105,15 @@ class StreamedModel:
         assert hidden is not None
         return hidden.to(self.dtype)
 
-    def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, tokens, hidden] through one filled block."""
+    def run_block(
+        self, index: int, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states [batch, tokens, hidden] through one filled block, or through it with other `weights`."""
         args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
-        output = block(hidden, *args, **kwargs)
+        if weights is None:
+            output = block(hidden, *args, **kwargs)
+        else:
+            output = torch.func.functional_call(block, dict(weights), (hidden, *args), kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -123,11 +135,6 @@ class StreamedModel:
         finally:
             setattr(parent, attribute, self.blocks)
 
-    def _fill(self, module: nn.Module, path: str) -> None:
-        state = {name: self._read(f"{path}.{name}") for name, _ in module.named_parameters()}
-        module.load_state_dict(state, strict=False, assign=True)
-        module.requires_grad_(False)
-
     def _read(self, parameter: str) -> Tensor:
         tensor = self.checkpoint.read(self._stored[parameter])
         if not torch.isfinite(tensor).all():
@@ -135,7 +142,7 @@ class StreamedModel:
                 f"tensor {self._stored[parameter]!r} holds NaN or infinity: the checkpoint is damaged",
                 hint="download it again, or take another checkpoint",
             )
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device)
 
 
 class _Recorded(Exception):  # noqa: N818 - control flow, not an error

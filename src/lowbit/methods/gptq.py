@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.errors import CalibrationError
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
-from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 from lowbit.methods.refine import descend_codes, fit_scales
@@ -51,8 +51,8 @@ def quantize(
     scheme: WeightScheme,
     options: GptqOptions,
     scale_dtype: torch.dtype = torch.float16,
-) -> tuple[QTensor, float]:
-    """weight [out, in] float32, with the statistics of its inputs -> QTensor, and the damping that was needed.
+) -> Quantized:
+    """weight [out, in] float32, with the statistics of its inputs -> codes and scales in `scale_dtype`.
 
     Raises CalibrationError when the Hessian cannot be factored even with heavy damping.
     """
@@ -82,7 +82,8 @@ def quantize(
         grid = Grid(fit_scales(target, codes, grid, groups, hessian, scale_dtype), grid.zero)
         codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
     hessian.diagonal().sub_(damp)
-    return make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None), damp
+    tensor = make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None)
+    return Quantized(tensor, _notes(damp, hessian, options))
 
 
 def round_columns(
@@ -135,6 +136,13 @@ def _factor(hessian: Tensor, options: GptqOptions) -> tuple[float, Tensor, Tenso
     )
 
 
+def _notes(damp: float, hessian: Tensor, options: GptqOptions) -> tuple[str, ...]:
+    share = damp / hessian.diagonal().mean().item()
+    if share < options.percdamp * 5:
+        return ()
+    return (f"the Hessian was not positive definite: damped by {share:.2g} of its mean diagonal, not {options.percdamp:g}",)
+
+
 def _groups_of(order: Tensor, scheme: WeightScheme) -> Tensor:
     """Group of each column when groups are formed of consecutive columns in `order`."""
     groups = torch.empty_like(order)
@@ -153,3 +161,12 @@ def _asymmetric_target(
     difference = weight @ statistics.cross
     correction = torch.cholesky_solve(difference.T, torch.linalg.cholesky(damped)).T
     return weight + options.asymmetric * correction
+
+
+METHOD = Method(
+    "gptq",
+    GptqOptions,
+    quantize,
+    needs=lambda options: Needs(gram=True, original=options.asymmetric > 0),
+    reordered=lambda options: options.act_order == "desc",
+)

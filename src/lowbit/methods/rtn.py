@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
 from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
@@ -30,15 +31,15 @@ def quantize(
     scheme: WeightScheme,
     options: RtnOptions,
     scale_dtype: torch.dtype = torch.float16,
-) -> QTensor:
-    """weight [out, in] float32 -> QTensor with scales in `scale_dtype`."""
+) -> Quantized:
+    """weight [out, in] float32 -> codes and scales in `scale_dtype`."""
     if options.search:
         grid = search_grid(weight, scheme, scale_dtype, _input_power(weight, statistics))
     else:
         grid = min_max_grid(weight, scheme, scale_dtype)
     groups = group_of_columns(weight.shape[1], scheme, weight.device)
     codes = to_codes(weight, grid.scale[:, groups], grid.zero[:, groups], scheme.max_code)
-    return make_qtensor(codes, grid, scheme, scale_dtype)
+    return Quantized(make_qtensor(codes, grid, scheme, scale_dtype))
 
 
 def make_qtensor(
@@ -54,3 +55,6 @@ def _input_power(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     if statistics is None or statistics.gram is None:
         return torch.ones(weight.shape[1], device=weight.device)
     return statistics.gram.diagonal().clamp_min(1e-12)
+
+
+METHOD = Method("rtn", RtnOptions, quantize, needs=lambda options: Needs())

@@ -1,0 +1,37 @@
+"""Where to compute and in what dtype; how much memory was used."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from lowbit.core.errors import RecipeError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first GPU, else the CPU. Raises RecipeError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {name!r} is not available here", hint="--device auto, cpu or cuda:0") from error
+    return device
+
+
+def calibration_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What activations are computed in while calibrating: 16 bits where matrix units exist for them, else float32."""
+    if device.type == "cuda":
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def peak_memory_mib(device: torch.device) -> dict[str, float]:
+    """Peak resident memory of this process and, on a GPU, peak allocated memory, in MiB."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return peak

@@ -1,0 +1,198 @@
+"""One decoder block: watch what its linear layers are given, choose their numbers, put those in place.
+
+Linear layers that share an input share its statistics, and are stacked: the same Hessian serves all their rows. With
+`sequential`, each group of layers is watched after the groups before it have been quantized, so that it sees the inputs
+it will really be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.contracts import Needs, Quantized
+from lowbit.core.qtensor import QTensor
+from lowbit.core.statistics import InputStatistics
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.plan import LayerPlan
+
+ScaleDtype = Callable[[LayerPlan], torch.dtype]
+
+
+@dataclass
+class BlockResult:
+    """The numbers of a block's layers by module path, their relative errors, and what the methods had to say."""
+
+    tensors: dict[str, QTensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class BlockJob:
+    """A block with its weights as stored, the layers to quantize in it, and the calibration states before it.
+
+    weights: by name within the block. arriving: hidden states that come out of the quantized prefix; None without
+    calibration. original: those of the unquantized model, when a method compares.
+    """
+
+    model: StreamedModel
+    index: int
+    module: nn.Module
+    weights: Mapping[str, Tensor]
+    layers: Mapping[str, LayerPlan]
+    arriving: Activations | None
+    original: Activations | None
+    scale_dtype: ScaleDtype
+
+    @property
+    def path(self) -> str:
+        return self.model.block_path(self.index)
+
+
+def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], None]) -> BlockResult:
+    """Quantize every planned layer of a block, in order of execution; the module holds the result afterwards."""
+    result = BlockResult()
+    groups = [
+        [name for name in group if f"{job.path}.{name}" in job.layers] for group in job.model.architecture.linears
+    ]
+    groups = [group for group in groups if group]
+    steps = [[group] for group in groups] if sequential else [groups]
+    for step in steps:
+        statistics = _watch(job, step)
+        for group in step:
+            for stack in _stacks(job, group):
+                note(f"{job.path} {', '.join(name.rpartition('.')[2] for name in stack)}")
+                _quantize_stack(job, stack, statistics.get(group[0]), result)
+            statistics.pop(group[0], None)
+    return result
+
+
+def _quantize_stack(job: BlockJob, names: Sequence[str], statistics: InputStatistics | None, result: BlockResult) -> None:
+    """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
+    plan = job.layers[f"{job.path}.{names[0]}"]
+    weights = [_as_matrix(job, name) for name in names]
+    stacked = torch.cat(weights)
+    quantized: Quantized = plan.method.quantize(
+        stacked, statistics, plan.scheme.weights, plan.options, job.scale_dtype(plan)
+    )
+    start = 0
+    for name, weight in zip(names, weights, strict=True):
+        tensor = rows_of(quantized.tensor, start, start + len(weight))
+        start += len(weight)
+        dense = tensor.dequantize(torch.float32)
+        path = f"{job.path}.{name}"
+        result.tensors[path] = tensor
+        result.errors[path] = relative_error(weight, dense, statistics)
+        if quantized.notes:
+            result.notes[path] = list(quantized.notes)
+        place_weight(job.model, job.module, name, dense)
+
+
+def place_weight(model: StreamedModel, module: nn.Module, name: str, dense: Tensor) -> None:
+    """Give a linear layer of the block the weight [out, in] that a runtime will compute with."""
+    linear = module.get_submodule(name)
+    oriented = dense.T if model.architecture.transposed else dense
+    linear.weight = nn.Parameter(oriented.to(model.dtype).contiguous(), requires_grad=False)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
+    """Share of the layer's output power that rounding changed: |(W - Q) X|^2 / |W X|^2; without statistics, of the weights."""
+    difference = weight - quantized
+    if statistics is None or statistics.gram is None:
+        return (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()
+    changed = ((difference @ statistics.gram) * difference).sum()
+    return (changed / ((weight @ statistics.gram) * weight).sum().clamp_min(1e-30)).item()
+
+
+def rows_of(tensor: QTensor, start: int, stop: int) -> QTensor:
+    """Output rows of a quantized matrix."""
+    zero = None if tensor.zero is None else tensor.zero[start:stop]
+    return QTensor(tensor.codes[start:stop], tensor.scale[start:stop], tensor.scheme, zero, tensor.group_index)
+
+
+def _as_matrix(job: BlockJob, name: str) -> Tensor:
+    weight = job.weights[f"{name}.weight"].float()
+    return weight.T.contiguous() if job.model.architecture.transposed else weight
+
+
+def _stacks(job: BlockJob, group: Sequence[str]) -> list[list[str]]:
+    """Layers of one input group that can be quantized in one go: same scheme, method and options."""
+    stacks: dict[tuple[object, ...], list[str]] = {}
+    for name in group:
+        plan = job.layers[f"{job.path}.{name}"]
+        stacks.setdefault((plan.scheme, plan.method.name, plan.options), []).append(name)
+    return list(stacks.values())
+
+
+def _watch(job: BlockJob, groups: Sequence[Sequence[str]]) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of each group, by its first layer, over all calibration windows."""
+    needs = {group[0]: _needs_of(job, group) for group in groups}
+    watched = [name for name, need in needs.items() if need.calibration]
+    if not watched or job.arriving is None:
+        return {}
+    statistics = {
+        name: InputStatistics(
+            _as_matrix(job, name).shape[1], job.model.device, gram=needs[name].gram, cross=needs[name].original
+        )
+        for name in watched
+    }
+    compare = job.original is not None and any(needs[name].original for name in watched)
+    original_weights = {name: tensor.to(job.model.dtype) for name, tensor in job.weights.items()} if compare else None
+    for where in job.arriving.batches():
+        hidden = job.arriving.get(where, job.model.device)
+        inputs = _inputs_of(job, watched, hidden, None)
+        originals: dict[str, Tensor] = {}
+        if original_weights is not None and job.original is not None:
+            originals = _inputs_of(job, watched, job.original.get(where, job.model.device), original_weights)
+        for name in watched:
+            statistics[name].add(inputs[name], originals.get(name))
+    for one in statistics.values():
+        one.finish()
+    return statistics
+
+
+def _needs_of(job: BlockJob, group: Sequence[str]) -> Needs:
+    plans = [job.layers[f"{job.path}.{name}"] for name in group]
+    needs = [plan.method.needs(plan.options) for plan in plans]
+    return Needs(gram=any(need.gram for need in needs), original=any(need.original for need in needs))
+
+
+class _Seen(Exception):  # noqa: N818 - control flow, not an error
+    """Every watched layer has been reached: the rest of the block need not run."""
+
+
+def _inputs_of(
+    job: BlockJob, names: Sequence[str], hidden: Tensor, weights: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Inputs of the named layers for one batch; the block is left as soon as the last of them is reached."""
+    seen: dict[str, Tensor] = {}
+    with _hooked(job.module, names, seen):
+        try:
+            job.model.run_block(job.index, job.module, hidden, weights)
+        except _Seen:
+            pass
+    return seen
+
+
+@contextmanager
+def _hooked(module: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+            if len(seen) == len(names):
+                raise _Seen
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,174 @@
+"""The plan: what will happen to each linear layer, and every stored tensor with its exact size, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.core.contracts import Format, Method, TensorSpec
+from lowbit.core.errors import FormatError, RecipeError, did_you_mean
+from lowbit.core.scheme import DTYPES, Scheme, WeightScheme
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.formats import get_format
+from lowbit.methods import METHODS
+from lowbit.recipe import Override, Recipe
+
+_AUTO_GROUP_SIZES = (128, 64, 32)
+_OFFERED_GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer: its shape (out, in), its numbers, and the method that will choose them."""
+
+    path: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    method: Method
+    options: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first weight is read.
+
+    layers: linear layers to quantize, by module path. skipped: linear layers left in 16 bits.
+    layout: every tensor of the artifact, in the order in which it is written.
+    format: None when nothing is quantized (plain safetensors).
+    """
+
+    layers: dict[str, LayerPlan]
+    skipped: list[str]
+    layout: dict[str, TensorSpec]
+    format: Format | None
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the artifact."""
+        return sum(spec.nbytes for spec in self.layout.values())
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any layer's method wants statistics."""
+        return any(layer.method.needs(layer.options).calibration for layer in self.layers.values())
+
+    def quantized_bits(self) -> tuple[int, int]:
+        """(weights in quantized layers, bits they take with all their metadata)."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
+        stored = sum(
+            spec.nbytes for name, spec in self.layout.items() if name.rpartition(".")[0] in self.layers and not
+            name.endswith(".bias")
+        )
+        return weights, 8 * stored
+
+
+def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
+    """Work out the plan. Raises RecipeError or FormatError for anything that could not work, naming what would."""
+    dtype = _output_dtype(recipe, model)
+    linears = linear_shapes(model)
+    skipped = [path for path in linears if recipe.ignores(path) or recipe.method == "cast"]
+    quantized = {path: shape for path, shape in linears.items() if path not in skipped}
+    if recipe.method == "cast":
+        return Plan({}, skipped, _layout(model, {}, None, dtype), None, dtype)
+    if not quantized:
+        raise RecipeError("every linear layer is ignored, nothing would be quantized", hint="narrow --ignore")
+    recipe = _with_group_size(recipe, quantized)
+    target = get_format(recipe.format)
+    layers = {path: _plan_layer(recipe, path, shape) for path, shape in quantized.items()}
+    for scheme in {layer.scheme for layer in layers.values()}:
+        reason = target.refuse(scheme)
+        if reason:
+            raise FormatError(reason, hint="--format, --bits, --group-size, --sym/--zero-point or --act-order")
+    target.quantization_config({path: layer.scheme for path, layer in layers.items()}, skipped)
+    return Plan(layers, skipped, _layout(model, layers, target, dtype), target, dtype)
+
+
+def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
+    """Linear layers of all blocks and their (out, in), in order of execution, then the head."""
+    shapes = {}
+    for index, block in enumerate(model.blocks):
+        for group in model.architecture.linears:
+            for name in group:
+                weight = block.get_submodule(name).weight
+                shape = tuple(weight.shape[::-1] if model.architecture.transposed else weight.shape)
+                shapes[f"{model.block_path(index)}.{name}"] = shape
+    if isinstance(getattr(model.skeleton, "lm_head", None), nn.Linear):
+        shapes["lm_head"] = tuple(model.skeleton.lm_head.weight.shape)
+    return shapes  # type: ignore[return-value]
+
+
+def method_options(method: Method, given: Mapping[str, Any]) -> Any:
+    """A method's options from plain data. Raises RecipeError for names it does not have."""
+    known = [field.name for field in fields(method.options)]
+    for name in given:
+        if name not in known:
+            raise RecipeError(
+                f"method {method.name!r} has no option {name!r}{did_you_mean(name, known)}",
+                hint=f"its options are {', '.join(known)}",
+            )
+    return method.options(**given)
+
+
+def _plan_layer(recipe: Recipe, path: str, shape: tuple[int, int]) -> LayerPlan:
+    override = recipe.override_for(path) or Override(match="")
+    method: Method = METHODS.get(override.method or recipe.method)
+    options = method_options(method, recipe.options if method.name == recipe.method else {})
+    group_size = override.group_size if override.group_size is not None else recipe.group_size
+    weights = WeightScheme(
+        bits=override.bits or recipe.bits,
+        granularity="group" if group_size else "channel",
+        group_size=int(group_size),
+        symmetric=recipe.symmetric if override.symmetric is None else override.symmetric,
+        reordered=method.reordered(options),
+    )
+    _check_divisible(path, shape, weights)
+    return LayerPlan(path, shape, Scheme(f"w{weights.bits}a16", weights), method, options)
+
+
+def _with_group_size(recipe: Recipe, quantized: Mapping[str, tuple[int, int]]) -> Recipe:
+    if recipe.group_size != "auto":
+        return recipe
+    inputs = {columns for _, columns in quantized.values()}
+    fitting = (size for size in _AUTO_GROUP_SIZES if all(columns % size == 0 for columns in inputs))
+    return recipe.updated(group_size=next(fitting, 0))
+
+
+def _check_divisible(path: str, shape: tuple[int, int], weights: WeightScheme) -> None:
+    if weights.group_size and shape[1] % weights.group_size:
+        sizes = [size for size in _OFFERED_GROUP_SIZES if shape[1] % size == 0]
+        raise RecipeError(
+            f"group size {weights.group_size} does not divide the {shape[1]} inputs of {path}",
+            hint=f"--group-size {' or '.join(map(str, sizes))} would; 0 is one scale a row; auto picks",
+        )
+
+
+def _output_dtype(recipe: Recipe, model: StreamedModel) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return DTYPES[recipe.dtype]
+    config = model.checkpoint.config
+    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    return torch.bfloat16 if stored == torch.float32 else stored
+
+
+def _layout(
+    model: StreamedModel, layers: Mapping[str, LayerPlan], target: Format | None, dtype: torch.dtype
+) -> dict[str, TensorSpec]:
+    """Outside tensors first, then block by block, so that writing goes forward through the shards."""
+    blocks = f"{model.architecture.blocks}."
+    names = model.parameter_shapes()
+    ordered = [name for name in names if not name.startswith(blocks)] + [name for name in names if name.startswith(blocks)]
+    layout: dict[str, TensorSpec] = {}
+    for name in ordered:
+        path, _, leaf = name.rpartition(".")
+        layer = layers.get(path)
+        if layer is not None and leaf == "weight" and target is not None:
+            specs = target.layout(layer.scheme, layer.shape, dtype)
+            layout.update({f"{path}.{suffix}": spec for suffix, spec in specs.items()})
+        else:
+            layout[name] = TensorSpec(dtype, names[name])
+    return layout

@@ -1,0 +1,155 @@
+"""Writing an artifact: every shard has its full size and header from the start, tensors are put in their place as they
+come. A full disk is noticed before any work, a crash loses nothing that was written, and the bytes do not depend on the
+order or number of attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.core.checkpoint.safetensors import SAFETENSORS_DTYPES, read_header
+from lowbit.core.contracts import TensorSpec
+from lowbit.core.errors import OutputError
+
+MAX_SHARD = 5 * 10**9
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    tensors: dict[str, TensorSpec]
+
+
+class ShardedWriter:
+    """A directory of safetensors shards of at most 5 GB. layout: every tensor that will be written.
+
+    Opening an existing directory with the same layout continues it. Raises OutputError.
+    """
+
+    def __init__(self, directory: Path, layout: Mapping[str, TensorSpec]) -> None:
+        self.directory = directory
+        self.shards = _divide(layout)
+        self._places: dict[str, tuple[Path, int, TensorSpec]] = {}
+        with output_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            for shard in self.shards:
+                self._place(shard)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; it must have the planned dtype and shape."""
+        file, offset, spec = self._places[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise ValueError(f"{name}: planned {spec}, got {tensor.dtype} {tuple(tensor.shape)}")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        with output_errors(self.directory), file.open("r+b", buffering=0) as stream:
+            view, position = memoryview(data), 0
+            while position < len(view):
+                position += os.pwrite(stream.fileno(), view[position:], offset + position)
+
+    def sync(self) -> None:
+        """Make what was written survive a crash of the machine."""
+        with output_errors(self.directory):
+            for shard in self.shards:
+                descriptor = os.open(self.directory / shard.name, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    def finish(self) -> dict[str, str]:
+        """Write the index (for several shards); returns file name -> sha256 of the weights."""
+        if len(self.shards) > 1:
+            total = sum(spec.nbytes for _, _, spec in self._places.values())
+            weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(self.directory / "model.safetensors.index.json", index)
+        self.sync()
+        return {shard.name: sha256_of(self.directory / shard.name) for shard in self.shards}
+
+    def _place(self, shard: _Shard) -> None:
+        file = self.directory / shard.name
+        header = _header(shard.tensors)
+        size = len(header) + sum(spec.nbytes for spec in shard.tensors.values())
+        if not file.exists() or file.stat().st_size != size:
+            with file.open("wb") as stream:
+                stream.write(header)
+                os.posix_fallocate(stream.fileno(), 0, size)
+        for name, (spec, offset) in read_header(file)[0].items():
+            self._places[name] = (file, offset, spec)
+
+
+def _divide(layout: Mapping[str, TensorSpec]) -> list[_Shard]:
+    groups: list[dict[str, TensorSpec]] = [{}]
+    room = MAX_SHARD
+    for name, spec in layout.items():
+        if spec.nbytes > room and groups[-1]:
+            groups.append({})
+            room = MAX_SHARD
+        groups[-1][name] = spec
+        room -= spec.nbytes
+    if len(groups) == 1:
+        return [_Shard("model.safetensors", groups[0])]
+    return [_Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _header(tensors: Mapping[str, TensorSpec]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # wider types first, so that every tensor is aligned to its own width
+    position = 0
+    for name, spec in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        end = position + spec.nbytes
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class output_errors(contextlib.AbstractContextManager["output_errors"]):  # noqa: N801 - reads as a statement
+    """Turns what the file system refuses into an OutputError with the mend."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(self.path)).free / 2**30
+            raise OutputError(
+                f"the disk of {self.path} is full ({free:.2f} GiB free)",
+                hint="free some space or choose another disk with -o, then run the same command again: it resumes",
+            ) from error
+        raise OutputError(
+            f"{self.path} cannot be written: {error.strerror or error}", hint="choose another directory with -o"
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON through a temporary file, so that it is there whole or not at all."""
+    with output_errors(file):
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        temporary.replace(file)
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

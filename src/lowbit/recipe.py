@@ -1,0 +1,140 @@
+"""The recipe: everything that decides what an artifact contains, as one validated object; YAML or flags.
+
+    recipe = Recipe(method="gptq", bits=4, group_size=128)
+    recipe = Recipe.load("recipe.yaml")
+    recipe = preset("gptq").updated(bits=3)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowbit.core.errors import RecipeError, did_you_mean
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Text that the model is watched on: `num_samples` windows of `seq_len` tokens of `dataset` (see lowbit.core.text)."""
+
+    dataset: str = "c4"
+    num_samples: int = Field(128, ge=1)
+    seq_len: int = Field(2048, ge=2)
+    seed: int = 0
+
+
+class Override(_Strict):
+    """Other numbers for the linear layers whose path matches: a glob ("*.mlp.*"), or a regular expression after "re:"."""
+
+    match: str
+    method: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+
+class Recipe(_Strict):
+    """One run of `lowbit quantize`.
+
+    method: how numbers are chosen ("cast", "rtn", "gptq", ...); options: that method's own settings.
+    bits, group_size, symmetric: the integer scheme; group_size 0 is one scale per output channel, "auto" picks the
+    largest of 128, 64, 32 that divides every layer's inputs.
+    format: how they are stored. dtype: of everything left unquantized ("auto": as in the checkpoint).
+    ignore: layers left in 16 bits, by glob or "re:...".
+    """
+
+    method: str = "gptq"
+    bits: int = Field(4, ge=2, le=16)
+    group_size: int | Literal["auto"] = 128
+    symmetric: bool = True
+    format: str = "compressed-tensors"
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
+    sequential: bool = True
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: tuple[Override, ...] = ()
+    calibration: Calibration = Calibration()
+
+    @classmethod
+    def load(cls, file: str | Path) -> Recipe:
+        """A recipe from YAML. Raises RecipeError."""
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise RecipeError(f"recipe {file} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"recipe {file} is not a mapping", hint="lowbit recipe show gptq prints one")
+        return cls.parse(content, str(file))
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """A recipe from plain data. Raises RecipeError that names the field."""
+        try:
+            return cls.model_validate(dict(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            known = [*cls.model_fields, *Calibration.model_fields]
+            suggestion = did_you_mean(field, known) if first["type"] == "extra_forbidden" else ""
+            message = "is no field of a recipe" if first["type"] == "extra_forbidden" else first["msg"].lower()
+            raise RecipeError(f"{where}: {field} {message}{suggestion}", hint="lowbit recipe show gptq") from error
+
+    def updated(self, **changes: Any) -> Recipe:
+        """The recipe with other values; None leaves a field as it is; calibration fields may be named directly."""
+        content = self.model_dump()
+        for name, value in changes.items():
+            if value is None:
+                continue
+            if name in Calibration.model_fields:
+                content["calibration"][name] = value
+            elif name == "options":
+                content["options"] = {**content["options"], **value}
+            else:
+                content[name] = value
+        return Recipe.parse(content)
+
+    def yaml(self) -> str:
+        """The recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def ignores(self, path: str) -> bool:
+        """Whether a linear layer is left in 16 bits."""
+        return any(matches(pattern, path) for pattern in self.ignore)
+
+    def override_for(self, path: str) -> Override | None:
+        """The last override that matches a linear layer."""
+        return next((override for override in reversed(self.overrides) if matches(override.match, path)), None)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a glob, or a regular expression after "re:", matches a module path."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], path) is not None
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def preset_names() -> list[str]:
+    """The recipes that lowbit carries."""
+    files = resources.files("lowbit.presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def preset(name: str) -> Recipe:
+    """A recipe that lowbit carries, by name. Raises RecipeError with the nearest name."""
+    if name not in preset_names():
+        raise RecipeError(
+            f"method {name!r} is unknown{did_you_mean(name, preset_names())}", hint=f"one of {', '.join(preset_names())}"
+        )
+    text = resources.files("lowbit.presets").joinpath(f"{name}.yaml").read_text()
+    return Recipe.parse(yaml.safe_load(text), f"preset {name}")
