@@ -35,8 +35,13 @@ def group_scale(kind: str, scale: Tensor, extra: dict[str, Tensor] | None) -> Te
     """The float32 factor of each group, from what is stored.
 
     nvfp4: float8_e4m3fn scale divided by `extra["global_scale"]`; mxfp4: uint8 exponents with bias 127 (255 is NaN);
-    nf4, fp4: the scale itself.
+    nf4, fp4: the scale itself, or (double quantization) uint8 codes: nested_map[code] * nested_scale of 256 codes in a
+    row + nested_offset, each from `extra`.
     """
+    if kind in ("nf4", "fp4") and scale.dtype == torch.uint8:
+        nested = extra or {}
+        factors = nested["nested_scale"].repeat_interleave(256)[: scale.numel()].view(scale.shape)
+        return nested["nested_map"][scale.int()] * factors + nested["nested_offset"]
     if kind == "mxfp4":
         exponent = scale.to(torch.int32)
         power = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), exponent - 127)

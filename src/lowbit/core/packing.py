@@ -15,8 +15,8 @@ def pack_int32(codes: Tensor, bits: int, dim: int) -> Tensor:
     """Pack unsigned codes along `dim` into one stream of bits, least significant bits first.
 
     codes: integers in 0..2**bits-1, bits 1..8. Returns int32 with `dim` cut to ceil(n * bits / 32), padded with
-    zeros. Where bits divide 32 every word holds 32/bits whole codes; other codes run on across word borders, 32 codes in
-    `bits` words (AutoGPTQ's 3 bit layout and compressed-tensors' `pack_to_int32`).
+    zeros. Where bits divide 32 every word holds 32/bits whole codes; other codes run on across word borders, 32 codes
+    in `bits` words (AutoGPTQ's 3 bit layout and compressed-tensors' `pack_to_int32`).
     """
     rows = codes.movedim(dim, -1)
     words = packed_size(rows.shape[-1], bits)

@@ -18,15 +18,16 @@ class QTensor:
     codes: [out, in]. Integer schemes: uint8, unsigned, 0..2**bits-1. "float": float8_e4m3fn.
         Code book schemes (nf4, fp4, mxfp4, nvfp4): uint8 index into the code book.
     scale: [out, groups] ([1, 1] per tensor, [ceil(out/g), ceil(in/g)] for blocks), in the dtype that is stored
-        (float16, bfloat16 or float32; nvfp4 float8_e4m3fn; mxfp4 uint8, exponents with bias 127), so that what is
-        computed here is what a runtime computes.
+        (float16, bfloat16, float32; nvfp4 float8_e4m3fn; mxfp4 uint8, exponents with bias 127; nf4, fp4 also uint8),
+        so that what is computed here is what a runtime computes.
     zero: [out, groups] uint8, unsigned zero points; None for a symmetric scheme (2**(bits-1)) and for floats.
     group_index: [in] int32, the group of each column, when it is not `column // group_size` (act-order that moves
         groups).
     scheme: the numbers.
-    extra: further stored tensors by name, each of shape [1]: "input_scale" (static activations, the model's dtype),
-        "global_scale" (nvfp4, float32: what the group scales are divided by), "input_global_scale" (float32, the same
-        for its activations).
+    extra: further stored tensors by name, each of shape [1] unless said: "input_scale" (static activations, the
+        model's dtype), "global_scale" (nvfp4, float32: what the group scales are divided by), "input_global_scale"
+        (float32, the same for its activations); for uint8 scales of nf4 and fp4 the float32 "nested_map" [256], "nested_scale"
+        [ceil(out * groups / 256)] and "nested_offset".
     """
 
     codes: Tensor

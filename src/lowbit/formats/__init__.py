@@ -7,40 +7,32 @@ object that follows lowbit.formats.layout.StoredFormat.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-from lowbit.core.errors import FormatError, did_you_mean
+from lowbit.core.errors import FormatError
+from lowbit.core.registry import Registry
 from lowbit.formats.layout import StoredFormat
 
-FORMATS = {
-    "gptq": "lowbit.formats.gptq:GPTQ",
-    "gptq_v2": "lowbit.formats.gptq:GPTQ_V2",
-    "compressed-tensors": "lowbit.formats.compressed_tensors:COMPRESSED_TENSORS",
-}
-GROUP = "lowbit.formats"
-
-
-def format_names() -> dict[str, str]:
-    """Name -> "module:OBJECT" of every format, other packages' included; lowbit's own names cannot be replaced."""
-    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | FORMATS
+FORMATS = Registry(
+    "format",
+    {
+        "gptq": "lowbit.formats.gptq:GPTQ",
+        "gptq_v2": "lowbit.formats.gptq:GPTQ_V2",
+        "compressed-tensors": "lowbit.formats.compressed_tensors:COMPRESSED_TENSORS",
+        "awq": "lowbit.formats.awq:AWQ",
+        "fp8": "lowbit.formats.fp8:FP8",
+        "bitsandbytes": "lowbit.formats.bitsandbytes:BITSANDBYTES",
+        "bitsandbytes_double": "lowbit.formats.bitsandbytes:BITSANDBYTES_DOUBLE",
+    },
+    FormatError,
+)
 
 
 def get_format(name: str) -> StoredFormat:
-    """The format called `name`. Raises FormatError for an unknown name, or one whose package is not importable."""
-    names = format_names()
-    if name not in names:
-        raise FormatError(
-            f"there is no format {name!r}{did_you_mean(name, names)}", hint=f"formats: {', '.join(sorted(names))}"
-        )
-    module, _, attribute = names[name].partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise FormatError(f"format {name!r} ({names[name]}) cannot be loaded: {error}") from error
+    """The format called `name`. Raises FormatError for an unknown name, or an object that is not a format."""
+    found = FORMATS.get(name)
     if not isinstance(found, StoredFormat):
-        raise FormatError(f"format {name!r} ({names[name]}) is not a format")
+        raise FormatError(f"format {name!r} of another package is not a format: parts of StoredFormat are missing")
     return found
 
 
@@ -49,11 +41,13 @@ def format_of(quantization_config: Mapping[str, Any]) -> StoredFormat:
     method = str(quantization_config.get("quant_method", "")).lower()
     if method == "gptq":
         return get_format(_gptq_version(quantization_config))
-    if method in format_names():
+    if method == "bitsandbytes" and quantization_config.get("bnb_4bit_use_double_quant"):
+        return get_format("bitsandbytes_double")
+    if method in FORMATS.names():
         return get_format(method)
     raise FormatError(
         f"lowbit does not read checkpoints with quant_method {method!r}",
-        hint=f"start from the unquantized checkpoint, or from one of: {', '.join(sorted(format_names()))}",
+        hint=f"start from the unquantized checkpoint, or from one of: {', '.join(FORMATS.names())}",
     )
 
 

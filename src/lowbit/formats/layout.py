@@ -113,3 +113,34 @@ def named(weights: WeightScheme, activations: ActivationScheme | None = None) ->
     if weights.kind in ("nf4", "fp4"):
         return Scheme(weights.kind, weights, activations)
     return Scheme(weights.kind if activations else f"{weights.kind}a16", weights, activations)
+
+
+def same_numbers(name: str, layers: Mapping[str, Scheme]) -> None:
+    """Raises FormatError when layers differ and format `name` has one configuration for all."""
+    base = most_common(layers)
+    other = next((module for module, scheme in layers.items() if _numbers(scheme) != _numbers(base)), None)
+    if other is not None:
+        raise FormatError(
+            f"format {name!r} has one configuration for all layers, but {other} is not quantized like the others",
+            hint="use format 'compressed-tensors' or 'gptq', or quantize all layers alike",
+        )
+
+
+def skips_by_part(layers: Iterable[str], skipped: Iterable[str]) -> list[str]:
+    """Names for a list of layers to leave out whose readers take every path that contains one of them.
+
+    Raises FormatError when one of `skipped` is contained in the path of a quantized layer.
+    """
+    names = list(skipped)
+    names += ["lm_head"] if "lm_head" not in {*layers, *names} else []
+    for name in names:
+        hit = next((module for module in layers if name in module), None)
+        if hit is not None:
+            raise FormatError(
+                f"leaving out {name} would leave out {hit} too, whose path contains it", hint="use another format"
+            )
+    return names
+
+
+def _numbers(scheme: Scheme) -> tuple[WeightScheme | None, ActivationScheme | None]:
+    return scheme.weights, scheme.activations

@@ -24,8 +24,11 @@ class ArtifactCheckpoint:
     they are; `config` is the raw one without `quantization_config`, which is kept beside it.
     """
 
-    def __init__(self, raw: Checkpoint) -> None:
-        """Raises FormatError for a `quantization_config` or for tensors that lowbit does not read."""
+    def __init__(self, raw: Checkpoint, dtype: torch.dtype | None = None) -> None:
+        """dtype: of dequantized weights, when not the model's: float32 keeps every stored digit for measuring.
+
+        Raises FormatError for a `quantization_config` or for tensors that lowbit does not read.
+        """
         self.raw = raw
         self.location: Path = raw.location
         self.quantization_config: dict[str, Any] = dict(raw.config["quantization_config"])
@@ -34,7 +37,7 @@ class ArtifactCheckpoint:
         self._stored = self._find_layers()
         scheme_of = self.format.schemes(self.quantization_config)
         self._schemes = {module: self._known(module, scheme_of(module)) for module in self._stored}
-        self._dtype = self._model_dtype()
+        self._dtype = dtype or self._model_dtype()
         self._tensors = self._dense_tensors()
 
     @property
@@ -119,6 +122,6 @@ class ArtifactCheckpoint:
         return lambda suffix: self.raw.read(names[suffix])
 
 
-def open_artifact(raw: Checkpoint) -> Checkpoint:
+def open_artifact(raw: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
     """`raw` read as dense weights: itself when it is not quantized, else an ArtifactCheckpoint. Raises FormatError."""
-    return ArtifactCheckpoint(raw) if raw.config.get("quantization_config") else raw
+    return ArtifactCheckpoint(raw, dtype) if raw.config.get("quantization_config") else raw
