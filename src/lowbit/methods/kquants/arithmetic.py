@@ -10,6 +10,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c (built without fused multiply-add, as 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,11 +72,14 @@ def within_nearest_int(values: Tensor) -> bool:
     return bool((low >= -NEAREST_INT_LIMIT) & (high <= NEAREST_INT_LIMIT))
 
 
-def sequential_sum(rows: Tensor) -> Tensor:
-    """Sum over the first dimension, strictly from first to last, starting from +0."""
-    first, *rest = rows.unbind(0)
-    total = first + 0.0
-    for row in rest:
+def sequential_sum(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """Sum over the first dimension, strictly from first to last, starting from +0.
+
+    Give `rows.unbind(0)` to sum the same buffer many times.
+    """
+    parts = rows.unbind(0) if isinstance(rows, Tensor) else rows
+    total = parts[0] + 0.0
+    for row in parts[1:]:
         total.add_(row)
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lowbit.methods.kquants.codec import CODECS
 
 CHUNK_WEIGHTS = 1 << 20
 CUDA_CHUNK_WEIGHTS = 1 << 24
+LARGEST_WEIGHT = 65504.0 * 128 * 128  # float16 scale, 8-bit scale code, 8-bit level
 
 _STORAGE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -36,7 +38,8 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
 
 
 def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) -> Tensor:
-    if not bool(torch.isfinite(weights).all()):
+    low, high = torch.aminmax(weights)  # NaN anywhere makes both NaN
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise FormatError(
             f"The weights hold NaN or infinity, so nothing was encoded as {kind.name}.",
             hint="check the checkpoint: lowbit does not encode broken weights",
@@ -45,6 +48,8 @@ def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) ->
         stored = weights.to(_STORAGE[kind.name])
         _check_finite(kind, stored)
         return stored.view(torch.uint8).view(weights.shape[0], -1)
+    if kind.name != "MXFP4" and bool((low < -LARGEST_WEIGHT) | (high > LARGEST_WEIGHT)):
+        _refuse_size(kind)  # ggml's searches overflow and would quietly store zeros
     codec = CODECS[kind.name]
     grid, codes = codec.choose(weights, importance)
     _check_finite(kind, grid.d, grid.dmin)
@@ -53,10 +58,14 @@ def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) ->
 
 def _check_finite(kind: GGMLType, *stored: Tensor | None) -> None:
     if not all(bool(torch.isfinite(part).all()) for part in stored if part is not None):
-        raise FormatError(
-            f"A weight or scale is too large for {kind.name}, so nothing was encoded.",
-            hint="store this tensor as BF16 or F32 (--tensor-type NAME=BF16)",
-        )
+        _refuse_size(kind)
+
+
+def _refuse_size(kind: GGMLType) -> NoReturn:
+    raise FormatError(
+        f"A weight or scale is too large for {kind.name}, so nothing was encoded.",
+        hint="store this tensor as BF16 or F32 (--tensor-type NAME=BF16)",
+    )
 
 
 def decode(type_name: str, data: Tensor, cols: int) -> Tensor:

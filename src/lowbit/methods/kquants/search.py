@@ -24,7 +24,7 @@ from lowbit.methods.kquants.arithmetic import (
     wrap_uint8,
 )
 
-SLICE_WEIGHTS = 1 << 16  # a slice's six work arrays fit a CPU core's L2 cache
+SLICE_WEIGHTS = 1 << 17  # larger slices leave the CPU's caches, smaller ones drown in calls
 CUDA_SLICE_WEIGHTS = 1 << 23
 
 
@@ -78,30 +78,33 @@ def _search_affine_slice(x: Tensor, w: Tensor, search: AffineSearch) -> tuple[Te
     high = torch.where(constant, minimum + 1.0, high)
 
     level = torch.empty_like(x)
-    terms = x.new_empty(x.shape[0], 3, x.shape[1])
+    terms = x.new_empty(3, *x.shape)
+    weighted, squared, crossed = terms.unbind(0)
+    level_rows, term_rows = level.unbind(0), terms.unbind(1)
     inverse = ratio(float(top), high - minimum)
     base = minimum
     scale = ratio(1.0, inverse)
     _levels_(level, x, inverse, base, low, high, top)
-    best = _error_(level, x, w, scale, minimum, search.absolute_error)
+    _error_terms_(level, x, w, scale, minimum, search.absolute_error)
+    best = sequential_sum(level_rows)
 
     for numerator in search.numerators():
         trial = ratio(numerator, high - minimum)
         _levels_(level, x, trial, minimum, low, high, top)
-        weighted, squared, crossed = terms.unbind(1)
         torch.mul(w, level, out=weighted)
         torch.mul(weighted, level, out=squared)
         torch.mul(weighted, x, out=crossed)
-        sum_l, sum_l2, sum_xl = sequential_sum(terms).unbind(0)
+        sum_l, sum_l2, sum_xl = sequential_sum(term_rows).unbind(0)
 
         determinant = sum_w * sum_l2 - sum_l * sum_l
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         new_minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         positive = new_minimum > 0
         new_scale = torch.where(positive, sum_xl / sum_l2, new_scale)
-        new_minimum = torch.where(positive, 0.0, new_minimum)
+        new_minimum.masked_fill_(positive, 0.0)
 
-        error = _error_(level, x, w, new_scale, new_minimum, search.absolute_error)
+        _error_terms_(level, x, w, new_scale, new_minimum, search.absolute_error)
+        error = sequential_sum(level_rows)
         better = (error < best) & (determinant > 0)
         inverse = torch.where(better, trial, inverse)
         base = torch.where(better, minimum, base)
@@ -119,11 +122,11 @@ def _levels_(out: Tensor, x: Tensor, inverse: Tensor, base: Tensor, low: Tensor,
     round_clamped_(out.mul_(inverse), 0, top, in_range=bool(ends.max() <= NEAREST_INT_LIMIT))
 
 
-def _error_(level: Tensor, x: Tensor, w: Tensor, scale: Tensor, minimum: Tensor, absolute: bool) -> Tensor:
-    """sum(w * |scale*level + minimum - x|^(1 or 2)) of every sub-block; overwrites `level`."""
+def _error_terms_(level: Tensor, x: Tensor, w: Tensor, scale: Tensor, minimum: Tensor, absolute: bool) -> None:
+    """level = w * |scale*level + minimum - x|^(1 or 2)."""
     difference = level.mul_(scale).add_(minimum).sub_(x)
     difference = difference.abs_() if absolute else difference.mul_(difference)
-    return sequential_sum(difference.mul_(w))
+    difference.mul_(w)
 
 
 def search_positive(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:

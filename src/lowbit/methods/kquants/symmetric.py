@@ -58,16 +58,19 @@ def _search_symmetric_slice(x: Tensor, w: Tensor, half: int) -> tuple[Tensor, Te
     signed = torch.where(empty, 1.0, signed)
     weighted_x = w * x
     level = torch.empty_like(x)
-    terms = x.new_empty(x.shape[0], 2, x.shape[1])
+    terms = x.new_empty(2, *x.shape)
+    term_rows = terms.unbind(1)
 
     inverse = ratio(-float(half), signed)
-    sum_lx, sum_l2 = _moments_(level, terms, x, w, weighted_x, inverse, half)
+    _moment_terms_(level, terms, x, w, weighted_x, inverse, half)
+    sum_lx, sum_l2 = sequential_sum(term_rows).unbind(0)
     # C tests `suml2` for being nonzero here, and for being positive below; importance may be 0, never negative.
     scale = torch.where(sum_l2 != 0, sum_lx / sum_l2, 0.0)
     best = scale * sum_lx
     for step in (*range(-9, 0), *range(1, 10)):
         trial = ratio(-f32(half + f32(f32(0.1) * step)), signed)
-        sum_lx, sum_l2 = _moments_(level, terms, x, w, weighted_x, trial, half)
+        _moment_terms_(level, terms, x, w, weighted_x, trial, half)
+        sum_lx, sum_l2 = sequential_sum(term_rows).unbind(0)
         better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
         scale = torch.where(better, sum_lx / sum_l2, scale)
         best = torch.where(better, scale * sum_lx, best)
@@ -75,18 +78,16 @@ def _search_symmetric_slice(x: Tensor, w: Tensor, half: int) -> tuple[Tensor, Te
     return scale.masked_fill_(empty, 0.0), inverse, empty
 
 
-def _moments_(
+def _moment_terms_(
     level: Tensor, terms: Tensor, x: Tensor, w: Tensor, weighted_x: Tensor, inverse: Tensor, half: int
-) -> tuple[Tensor, Tensor]:
-    """sum(w*x*l) and sum(w*l*l) with l = clamp(round(inverse*x)); |inverse*x| <= half + 0.9 by construction."""
+) -> None:
+    """terms = w*x*l and w*l*l with l = clamp(round(inverse*x)); |inverse*x| <= half + 0.9 by construction."""
     torch.mul(x, inverse, out=level)
     level.round_().clamp_(-half, half - 1)
-    crossed, squared = terms.unbind(1)
+    crossed, squared = terms.unbind(0)
     torch.mul(weighted_x, level, out=crossed)
     torch.mul(w, level, out=squared)
     squared.mul_(level)
-    sum_lx, sum_l2 = sequential_sum(terms).unbind(0)
-    return sum_lx, sum_l2
 
 
 def search_descending(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -105,24 +106,34 @@ def _search_descending_slice(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     weighted_x = w * x
     sum_lx = sequential_sum(weighted_x * codes)
     sum_l2 = sequential_sum(w * codes * codes)
-
-    for _ in range(5):
-        changed = torch.zeros_like(empty)
-        for value, square, cube, code in zip(
-            x.unbind(0), w.unbind(0), weighted_x.unbind(0), codes.unbind(0), strict=True
-        ):
-            rest_lx = sum_lx - cube * code
-            rest_l2 = sum_l2 - square * code * code
-            new = nearest_int(value * rest_l2 / rest_lx).clamp_(-half, half - 1).to(torch.float32)
-            new_lx = rest_lx + cube * new
-            new_l2 = rest_l2 + square * new * new
-            better = new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
-            better &= (rest_lx > 0) & (new_l2 > 0) & (new != code)
-            code.copy_(torch.where(better, new, code))
-            sum_lx = torch.where(better, new_lx, sum_lx)
-            sum_l2 = torch.where(better, new_l2, sum_l2)
-            changed |= better
-        if not bool(changed.any()):
-            break
+    _descend_(x, w, weighted_x, codes, sum_lx, sum_l2, half, rounds=5)
     scale = torch.where(sum_l2 > 0, sum_lx / sum_l2, 0.0)
     return scale.masked_fill_(empty, 0.0), codes.add_(half).masked_fill_(empty, 0.0)
+
+
+def _descend_(
+    x: Tensor, w: Tensor, weighted_x: Tensor, codes: Tensor, sum_lx: Tensor, sum_l2: Tensor, half: int, rounds: int
+) -> None:
+    """Improve codes (and their moments) one element after the other; further rounds only where one changed."""
+    changed = torch.zeros_like(sum_lx, dtype=torch.bool)
+    for value, square, cube, code in zip(x.unbind(0), w.unbind(0), weighted_x.unbind(0), codes.unbind(0), strict=True):
+        rest_lx = sum_lx - cube * code
+        rest_l2 = sum_l2 - square * code * code
+        new = nearest_int(value * rest_l2 / rest_lx).clamp_(-half, half - 1).to(torch.float32)
+        new_lx = rest_lx + cube * new
+        new_l2 = rest_l2 + square * new * new
+        better = new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
+        better &= (rest_lx > 0) & (new_l2 > 0) & (new != code)
+        code.copy_(torch.where(better, new, code))
+        sum_lx.copy_(torch.where(better, new_lx, sum_lx))
+        sum_l2.copy_(torch.where(better, new_l2, sum_l2))
+        changed |= better
+
+    active = changed.nonzero().squeeze(1)
+    if rounds == 1 or active.numel() == 0:
+        return
+    part_x, part_w, part_weighted = (tensor[:, active] for tensor in (x, w, weighted_x))
+    part_codes, part_lx, part_l2 = (tensor.index_select(-1, active) for tensor in (codes, sum_lx, sum_l2))
+    _descend_(part_x, part_w, part_weighted, part_codes, part_lx, part_l2, half, rounds - 1)
+    for whole, part in ((codes, part_codes), (sum_lx, part_lx), (sum_l2, part_l2)):
+        whole.index_copy_(-1, active, part)
