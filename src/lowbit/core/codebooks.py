@@ -34,9 +34,9 @@ def codebook(kind: str) -> Tensor:
 def group_scale(kind: str, scale: Tensor, extra: dict[str, Tensor] | None) -> Tensor:
     """The float32 factor of each group, from what is stored.
 
-    nvfp4: float8_e4m3fn scale divided by `extra["global_scale"]`; mxfp4: uint8 exponents with bias 127 (255 is NaN);
-    nf4, fp4: the scale itself, or (double quantization) uint8 codes: nested_map[code] * nested_scale of 256 codes in a
-    row + nested_offset, each from `extra`.
+    nvfp4: float8_e4m3fn scale divided by `extra["global_scale"]`, or times `extra["weight_scale_2"]`; mxfp4: uint8
+    exponents with bias 127 (255 is NaN); nf4, fp4: the scale itself, or (double quantization) uint8 codes:
+    nested_map[code] * nested_scale of 256 codes in a row + nested_offset, each from `extra`.
     """
     if kind in ("nf4", "fp4") and scale.dtype == torch.uint8:
         nested = extra or {}
@@ -46,6 +46,9 @@ def group_scale(kind: str, scale: Tensor, extra: dict[str, Tensor] | None) -> Te
         exponent = scale.to(torch.int32)
         power = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), exponent - 127)
         return torch.where(exponent == 255, torch.nan, power)
-    if kind == "nvfp4" and extra is not None and "global_scale" in extra:
-        return scale.float() / extra["global_scale"].float()
+    if kind == "nvfp4" and extra is not None:
+        if "weight_scale_2" in extra:
+            return scale.float() * extra["weight_scale_2"].float()
+        if "global_scale" in extra:
+            return scale.float() / extra["global_scale"].float()
     return scale.float()

@@ -26,8 +26,9 @@ class QTensor:
     scheme: the numbers.
     extra: further stored tensors by name, each of shape [1] unless said: "input_scale" (static activations, the
         model's dtype), "global_scale" (nvfp4, float32: what the group scales are divided by), "input_global_scale"
-        (float32, the same for its activations); for uint8 scales of nf4 and fp4 the float32 "nested_map" [256], "nested_scale"
-        [ceil(out * groups / 256)] and "nested_offset".
+        (float32, the same for its activations), "weight_scale_2" (nvfp4 of ModelOpt: multiplied instead),
+        "pre_quant_scale" [in] (W4A16_AWQ of ModelOpt: inputs are multiplied by it first); for uint8 scales of nf4 and
+        fp4 the float32 "nested_map" [256], "nested_scale" [ceil(out * groups / 256)] and "nested_offset".
     """
 
     codes: Tensor
@@ -53,8 +54,11 @@ class QTensor:
         """[out, in] in `dtype`: float32(value of the code) * float32(scale), rounded once at the end.
 
         The value is code - zero for "int", the code itself for "float", and an entry of the code book for the others.
+        A "pre_quant_scale" of the inputs is multiplied in, so that the result applies to plain inputs.
         """
         scale = self._column_scale()
+        if self.extra is not None and "pre_quant_scale" in self.extra:
+            scale = scale * self.extra["pre_quant_scale"].float()
         if self.scheme.kind == "float":
             return (self.codes.float() * scale).to(dtype)
         if self.scheme.kind != "int":

@@ -22,6 +22,7 @@ FORMATS = Registry(
         "awq": "lowbit.formats.awq:AWQ",
         "fp8": "lowbit.formats.fp8:FP8",
         "bitsandbytes": "lowbit.formats.bitsandbytes:BITSANDBYTES",
+        "modelopt": "lowbit.formats.modelopt:MODELOPT",
         "bitsandbytes_double": "lowbit.formats.bitsandbytes:BITSANDBYTES_DOUBLE",
     },
     FormatError,

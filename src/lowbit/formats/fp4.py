@@ -19,6 +19,8 @@ from lowbit.formats.layout import require, require_multiple, require_shape
 FP4_SUFFIXES = ("weight_global_scale", "input_global_scale")
 # QTensor.extra name -> stored suffix.
 _GLOBAL = {"global_scale": "weight_global_scale", "input_global_scale": "input_global_scale"}
+# QTensor.extra name -> ModelOpt's inverse of it.
+_INVERSE = {"global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -49,9 +51,13 @@ def fp4_layout(scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 
 
 def encode_fp4(tensor: QTensor, scheme: Scheme) -> dict[str, Tensor]:
-    """Raises FormatError when a global scale that the scheme needs is missing, or the scale is not in its dtype."""
+    """ModelOpt's global scales, which multiply, are stored as their inverses, rounded to float32.
+
+    Raises FormatError when a global scale that the scheme needs is missing, or the scale is not in its dtype.
+    """
     assert scheme.weights is not None
-    kind, extra = scheme.weights.kind, tensor.extra or {}
+    kind, extra = scheme.weights.kind, dict(tensor.extra or {})
+    extra |= {name: extra[other].float().reciprocal() for name, other in _INVERSE.items() if other in extra}
     missing = [name for name in _globals(scheme) if name not in extra]
     if missing or tensor.scale.dtype != scale_dtype(kind):
         raise FormatError(
