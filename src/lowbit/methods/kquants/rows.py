@@ -13,7 +13,7 @@ from lowbit.core.ggml_types import GGMLType, ggml_type
 from lowbit.methods.kquants.codec import CODECS
 
 CHUNK_WEIGHTS = 1 << 20
-CUDA_CHUNK_WEIGHTS = 1 << 24
+CUDA_CHUNK_WEIGHTS = 1 << 25
 LARGEST_WEIGHT = 65504.0 * 128 * 128  # float16 scale, 8-bit scale code, 8-bit level
 
 _STORAGE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -23,8 +23,8 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
     """Rows of `weights` (float32 `[rows, cols]`) as ggml stores them: uint8 `[rows, bytes_per_row]`, same device.
 
     Byte for byte what ggml's reference row quantizers give, without and with `importance` (float32 `[cols]`, a mean
-    of squared inputs; never negative). Beside input and output it takes at most 64 bytes a weight of a chunk: a chunk
-    is 2**20 weights on a CPU (64 MiB) and 2**24 on a GPU (1 GiB), or one row where that is longer.
+    of squared inputs; never negative). Beside input and output it takes at most 40 bytes a weight of a chunk: a chunk
+    is 2**20 weights on a CPU (40 MiB) and 2**25 on a GPU (1.25 GiB), or one row where that is longer.
 
     Raises FormatError for weights or importance that are not finite or do not fit the type, and, as llama-quantize
     does, where a scale overflows float16.

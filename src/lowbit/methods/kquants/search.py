@@ -25,7 +25,7 @@ from lowbit.methods.kquants.arithmetic import (
 )
 
 SLICE_WEIGHTS = 1 << 17  # larger slices leave the CPU's caches, smaller ones drown in calls
-CUDA_SLICE_WEIGHTS = 1 << 23
+CUDA_SLICE_WEIGHTS = 1 << 25  # a GPU wants few, long calls
 
 
 @dataclass(frozen=True)
