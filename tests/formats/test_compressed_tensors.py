@@ -228,15 +228,28 @@ def test_transformers_dequantizes_asymmetric_weights_at_load(tmp_path, scheme):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("scheme", [W8A8, W8A8_STATIC, FP8, FP8_STATIC, FP8_BLOCK], ids=lambda s: str(s.activations))
+@pytest.mark.parametrize("scheme", [W8A8, FP8, FP8_BLOCK], ids=lambda s: str(s.activations))
 def test_transformers_rounds_activations_on_top(tmp_path, scheme):
     expected = logits(store_random(tmp_path, lambda name: scheme, torch.float32, hidden=128))
     loaded = logits(load(tmp_path, torch.float32))
-    # Static scales are drawn at random here: only the dynamic ones keep close.
-    if scheme.activations.dynamic:
-        assert (loaded - expected).norm() <= 0.1 * expected.norm()
+    assert (loaded - expected).norm() <= 0.1 * expected.norm()
     assert not torch.equal(loaded, expected)
-    assert torch.isfinite(loaded).all()
+
+
+@pytest.mark.parametrize("scheme", [W8A8_STATIC, FP8_STATIC], ids=lambda s: s.name)
+def test_transformers_rounds_activations_with_the_stored_scale(tmp_path, scheme):
+    model, scale = store_random(tmp_path, lambda name: scheme, torch.float32), 0.03125
+
+    def rounded(module, inputs):
+        if scheme is FP8_STATIC:
+            return (inputs[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return (inputs[0] / scale).round().clamp(-128, 127) * scale
+
+    for name in linear_names(model):
+        model.get_submodule(name).register_forward_pre_hook(rounded)
+    expected = logits(model)
+    # A few inputs may fall on the other side of a rounding border.
+    assert (logits(load(tmp_path, torch.float32)) - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_transformers_loads_layers_that_differ(tmp_path):

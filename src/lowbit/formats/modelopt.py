@@ -182,7 +182,7 @@ class ModelOptFormat:
         return config | ({"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache else {})
 
     def schemes(self, quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
-        """`ignore` holds names and wildcards. Raises FormatError for algorithms (mixed too) that lowbit does not read."""
+        """`ignore` holds names and wildcards. Raises FormatError for algorithms (mixed too) that are not read."""
         algorithm = quantization_config.get("quant_algo")
         groups = quantization_config.get("config_groups") or {}
         size = next((group.get("weights", {}).get("group_size") for group in groups.values()), None)
