@@ -1,8 +1,8 @@
 """The recipe: everything that decides what an artifact contains, as one validated object; YAML or flags.
 
-    recipe = Recipe(method="gptq", bits=4, group_size=128)
-    recipe = Recipe.load("recipe.yaml")
-    recipe = preset("gptq").updated(bits=3)
+recipe = Recipe(method="gptq", bits=4, group_size=128)
+recipe = Recipe.load("recipe.yaml")
+recipe = preset("gptq").updated(bits=3)
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def preset(name: str) -> Recipe:
     """A recipe that lowbit carries, by name. Raises RecipeError with the nearest name."""
     if name not in preset_names():
         raise RecipeError(
-            f"method {name!r} is unknown{did_you_mean(name, preset_names())}", hint=f"one of {', '.join(preset_names())}"
+            f"method {name!r} is unknown{did_you_mean(name, preset_names())}",
+            hint=f"one of {', '.join(preset_names())}",
         )
     text = resources.files("lowbit.presets").joinpath(f"{name}.yaml").read_text()
     return Recipe.parse(yaml.safe_load(text), f"preset {name}")

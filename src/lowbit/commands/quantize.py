@@ -1,301 +1,196 @@
-"""lowbit quantize: checkpoint + recipe -> verified artifact. Joins the pipeline, the formats and the evaluation."""
+"""lowbit quantize."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
+import typer
 
-from lowbit import __version__
-from lowbit.core.checkpoint import open_checkpoint
-from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CalibrationError, OutputError, RecipeError
-from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
-from lowbit.core.progress import Progress, Silent
-from lowbit.core.scheme import DTYPES
-from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.text import first_windows, token_windows, windows_digest
-from lowbit.core.tokenizer import load_tokenizer
-from lowbit.evals.divergence import Measurement, measure
-from lowbit.evals.verify import check
-from lowbit.formats.reader import open_artifact
-from lowbit.methods import METHODS
-from lowbit.pipeline.journal import Journal
-from lowbit.pipeline.plan import Plan, make_plan
-from lowbit.pipeline.run import RunReport, Streams, run
-from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
-from lowbit.recipe import Recipe, preset
-from lowbit.report.card import model_card
+from lowbit.core.errors import RecipeError
 
-VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
+if TYPE_CHECKING:
+    from lowbit.recipe import Recipe
 
+_EXAMPLES = """
+Examples:
 
-@dataclass(frozen=True)
-class Result:
-    """A finished artifact: where it is, its lowbit.json record, and what its making cost."""
+    lowbit quantize meta-llama/Llama-3.2-1B --method gptq --bits 4 --group-size 128 --dataset c4 -o llama-w4
 
-    path: Path
-    record: dict[str, Any]
-    run: dict[str, Any]
+    lowbit quantize ./model --method gptq --group-size auto --dataset pydoc --format gptq -o model-gptq
 
-    @property
-    def measurement(self) -> dict[str, Any] | None:
-        """What verification measured."""
-        return self.record.get("verification")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is carried out; none of it changes what the artifact means.
-
-    max_memory: bytes that calibration states may take before they spill to disk.
-    """
-
-    device: str = "auto"
-    max_memory: int | None = None
-    revision: str | None = None
-    verify: bool = True
-    max_kl: float | None = None
-    restart: bool = False
+    lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
+"""
 
 
 def quantize(
-    model: str | Path,
-    *,
-    output: str | Path,
-    recipe: Recipe | None = None,
-    method: str = "gptq",
-    settings: Settings | None = None,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> Result:
-    """Quantize a checkpoint into `output`.
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or hub id.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact goes.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Preset or method: gptq, rtn, int8, fp16, bf16 ...")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Columns that share a scale; 0 one scale a row; auto picks one that fits.")
+    ] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--zero-point", help="Symmetric, or with zero points.")] = None,
+    act_order: Annotated[str | None, typer.Option(help="gptq: static (loads everywhere), desc or none.")] = None,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="gptq: the old reordered groups; vLLM refuses them.")
+    ] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="c4, wikitext, pileval, ultrachat, pydoc, self, a file, or ORG/NAME:split:column."),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", "--calib-size", help="Calibration windows.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="Done to the weights before the method; repeatable.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 ... (see lowbit recipe show).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of unquantized tensors: auto, float16, bfloat16.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers left in 16 bits: glob or re:...; repeatable.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A method's option.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe in YAML; flags above override it.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="For calibration states before they go to disk: 2GiB.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back and measure the result.")] = False,
+    max_kl: Annotated[float | None, typer.Option(help="Fail when the KL divergence is above this (nats).")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop an unfinished run instead of continuing it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done, with sizes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Quantize a model, read the result back and measure it. Run it again to continue after a crash."""
+    from lowbit.api.quantize import Settings, plan
+    from lowbit.api.quantize import quantize as run
+    from lowbit.commands.progress import listener
 
-    recipe: a whole recipe; else the preset or method `method`. changes: recipe fields by name (bits=4, group_size=64,
-    dataset="pydoc", num_samples=64, ...). Raises LowbitError subclasses; nothing half-written is left at `output`.
-    """
-    settings, progress = settings or Settings(), progress or Silent()
-    recipe = (recipe or recipe_for(method)).updated(**changes)
-    return _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, progress).to(Path(output))
-
-
-def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None) -> Plan:
-    """What quantizing would do: every layer's numbers and every tensor's size, without reading a weight."""
-    settings = settings or Settings()
-    return _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, Silent()).plan
-
-
-def recipe_for(method: str) -> Recipe:
-    """The preset of that name, or a plain recipe with that method. Raises RecipeError."""
-    if method in METHODS.names():
-        from lowbit.recipe import preset_names
-
-        return preset(method) if method in preset_names() else Recipe(method=method)
-    return preset(method)
-
-
-class _Run:
-    """One quantization, from an opened checkpoint to a published directory."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, name: str, recipe: Recipe, settings: Settings, progress: Progress
-    ) -> None:
-        self.checkpoint, self.name, self.recipe = checkpoint, name, recipe
-        self.settings, self.progress = settings, progress
-        self.device = pick_device(settings.device)
-        self.source = open_artifact(checkpoint)
-        stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
-        self.model = StreamedModel(self.source, self.device, calibration_dtype(self.device, stored))
-        if not self.model.known:
-            progress.warn(
-                f"model type {checkpoint.config.get('model_type')!r} is not in the table of architectures; "
-                f"its blocks were found at {self.model.architecture.blocks}"
-            )
-        self.plan = make_plan(recipe, self.model)
-
-    def to(self, output: Path) -> Result:
-        started = time.monotonic()
-        work = _work_directory(output, self.settings.restart)
-        windows = self._calibration_windows()
-        digest = None if windows is None else windows_digest(windows)
-        with output_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
-        journal = Journal(work, self._inputs(digest))
-        writer = ShardedWriter(work, self.plan.layout)
-        self._write_companions(work)
-        report = run(
-            self.plan,
-            self.model,
-            windows,
-            writer,
-            journal,
-            self._streams(work),
-            self.progress,
-            sequential=self.recipe.sequential,
+    options = _options(option or [])
+    if act_order or desc_act:
+        options["act_order"] = "desc" if desc_act else act_order
+    chosen = _recipe(recipe, method).updated(
+        bits=bits,
+        group_size=_group_size(group_size),
+        symmetric=sym,
+        dataset=dataset,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        transforms=tuple(transform) if transform else None,
+        format=format,
+        dtype=dtype,
+        ignore=tuple(ignore) if ignore else None,
+        options=options or None,
+    )
+    settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart)
+    if dry_run:
+        _print_plan(plan(model, recipe=chosen, settings=settings), chosen, as_json)
+        return
+    if output is None:
+        raise RecipeError("no output was named", hint="-o DIR, or --dry-run to see what would be done")
+    if desc_act:
+        typer.echo(
+            "warning: vLLM refuses desc_act checkpoints since 0.32; --act-order static loads everywhere", err=True
         )
-        checksums = writer.finish()
-        quantized = time.monotonic()
-        measurement = self._verify(work, report) if self.settings.verify else None
-        record = self._record(report, checksums, digest, measurement)
-        write_json(work / "lowbit.json", record)
-        cost = self._cost(report, quantized - started, time.monotonic() - quantized)
-        write_json(work / "lowbit-run.json", cost)
-        with output_errors(work):
-            (work / "README.md").write_text(model_card(record))
-            journal.remove()
-            os.rename(work, output)
-        return Result(output, record, cost)
+    with listener(quiet=quiet or as_json) as progress:
+        result = run(model, output=output, recipe=chosen, settings=settings, progress=progress)
+    if as_json:
+        print(json.dumps({"path": str(result.path), **result.record, "run": result.run}, indent=2))
+        return
+    _print_result(result)
 
-    def _calibration_windows(self) -> Tensor | None:
-        if not self.plan.needs_calibration:
-            return None
-        wanted = self.recipe.calibration
-        if wanted.dataset == "self":
-            from lowbit.pipeline.self_sampling import sample_windows
 
-            return sample_windows(self.source, self.device, wanted.num_samples, wanted.seq_len, wanted.seed, self.progress)
-        longest = int(self.checkpoint.config.get("max_position_embeddings") or wanted.seq_len)
-        if wanted.seq_len > longest:
-            raise RecipeError(
-                f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
-                hint=f"--seq-len {longest}",
-            )
-        tokenizer = load_tokenizer(self.checkpoint)
-        return token_windows(wanted.dataset, tokenizer, wanted.num_samples, wanted.seq_len, wanted.seed)
+def _recipe(file: Path | None, method: str | None) -> Recipe:
+    from lowbit.api.quantize import recipe_for
+    from lowbit.recipe import Recipe
 
-    def _inputs(self, digest: str | None) -> dict[str, Any]:
-        """Everything that decides the bytes of the artifact."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "checkpoint": self.checkpoint.identity(),
-            "calibration": digest,
-            "lowbit": __version__,
-            "torch": torch.__version__,
-            "compute": f"{self.device.type} {self.model.dtype}",
+    if file is None:
+        return recipe_for(method or "gptq")
+    recipe = Recipe.load(file)
+    return recipe if method is None else recipe.updated(method=method)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--option {pair!r} is not NAME=VALUE", hint="such as --option percdamp=0.05")
+        options[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    return options
+
+
+def _group_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if text in ("channel", "-1"):
+        return 0
+    if not text.isdigit():
+        raise RecipeError(f"--group-size {text!r} is not a number", hint="such as 128, 0 for one scale a row, or auto")
+    return int(text)
+
+
+def _bytes(text: str | None) -> int | None:
+    """ "2GiB", "500MB", "1000000" -> bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise RecipeError(f"{text!r} is not an amount of memory", hint="such as 2GiB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def _print_plan(plan: Any, recipe: Recipe, as_json: bool) -> None:
+    weights, bits = plan.quantized_bits()
+    if as_json:
+        layers = {
+            path: {"shape": layer.shape, "scheme": layer.scheme.name, "method": layer.method.name}
+            for path, layer in plan.layers.items()
         }
+        print(json.dumps({"bytes": plan.nbytes, "bits_per_weight": bits / max(weights, 1), "layers": layers,
+                          "skipped": plan.skipped, "recipe": recipe.model_dump(mode="json")}, indent=2))  # fmt: skip
+        return
+    from rich.console import Console
+    from rich.table import Table
 
-    def _streams(self, work: Path) -> Streams:
-        import psutil
-
-        free = psutil.virtual_memory().available if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        tokens = 32768 if self.device.type == "cuda" else 4096
-        return Streams(tokens, self.settings.max_memory or free // 3, work)
-
-    def _write_companions(self, work: Path) -> None:
-        config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(self.plan.dtype).removeprefix("torch.")
-        if self.plan.format is not None:
-            schemes = {path: layer.scheme for path, layer in self.plan.layers.items()}
-            quantization = self.plan.format.quantization_config(schemes, self.plan.skipped)
-            config["quantization_config"] = quantization
-            for name, content in self.plan.format.files(quantization).items():
-                write_json(work / name, content)
-        write_json(work / "config.json", config)
-        with output_errors(work):
-            companions = self.checkpoint.companions()
-            for name, file in companions.items():
-                shutil.copyfile(file, work / name)
-            if not companions and self.checkpoint.location.suffix == ".gguf":
-                load_tokenizer(self.checkpoint).save_pretrained(work)
-
-    def _verify(self, work: Path, report: RunReport) -> Measurement:
-        windows = self._held_out_windows()
-        candidate = open_artifact(open_checkpoint(work), torch.float32)
-        measurement = measure(
-            StreamedModel(candidate, self.device, torch.float32),
-            windows,
-            self.progress,
-            base=StreamedModel(self.source, self.device, torch.float32),
+    table = Table("layer", "out x in", "method", "numbers", "MiB", header_style="bold")
+    for path, layer in plan.layers.items():
+        stored = sum(spec.nbytes for name, spec in plan.layout.items() if name.rpartition(".")[0] == path)
+        numbers = f"{layer.scheme.name} " + (
+            f"g{layer.scheme.weights.group_size}" if layer.scheme.weights.group_size else "channel"
         )
-        check(measurement, report.errors, self.settings.max_kl)
-        return measurement
-
-    def _held_out_windows(self) -> Tensor:
-        """Windows that calibration did not see: of Python's reference text, or of the calibration set's beginning."""
-        tokenizer = load_tokenizer(self.checkpoint)
-        own = self.recipe.calibration.dataset
-        try:
-            if "pydoc" in own.split("+"):
-                seen = self.recipe.calibration
-                every = token_windows(own, tokenizer, seen.num_samples + VERIFY_WINDOWS, seen.seq_len, seen.seed)
-                return every[seen.num_samples :, :VERIFY_CONTEXT]
-            return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
-        except CalibrationError:
-            return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
-
-    def _record(
-        self, report: RunReport, checksums: Mapping[str, str], digest: str | None, measurement: Measurement | None
-    ) -> dict[str, Any]:
-        weights, bits = self.plan.quantized_bits()
-        return {
-            "lowbit": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "base": {
-                "name": self.name,
-                "identity": self.checkpoint.identity(),
-                "model_type": self.source.config.get("model_type"),
-                "bytes": sum(spec.nbytes for spec in self.checkpoint.tensors.values()),
-            },
-            "calibration": {"windows_sha256": digest} if digest else None,
-            "versions": {"torch": torch.__version__, "compute": f"{self.device.type} {self.model.dtype}"},
-            "bits_per_weight": bits / weights if weights else self.plan.dtype.itemsize * 8,
-            "bytes": self.plan.nbytes,
-            "layers": {
-                path: {
-                    "scheme": dataclasses.asdict(layer.scheme),
-                    "method": layer.method.name,
-                    "shape": list(layer.shape),
-                    "error": report.errors.get(path),
-                    **({"notes": report.notes[path]} if path in report.notes else {}),
-                }
-                for path, layer in self.plan.layers.items()
-            },
-            "checksums": dict(checksums),
-            "verification": measurement.to_dict() if measurement else None,
-        }
-
-    def _cost(self, report: RunReport, seconds: float, verification: float) -> dict[str, Any]:
-        return {
-            "seconds": round(seconds, 2),
-            "verification_seconds": round(verification, 2),
-            "resumed_blocks": report.resumed_blocks,
-            "peak_memory_mib": {name: round(value, 1) for name, value in peak_memory_mib(self.device).items()},
-            "threads": torch.get_num_threads(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        table.add_row(path, f"{layer.shape[0]} x {layer.shape[1]}", layer.method.name, numbers, f"{stored / 2**20:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"left in 16 bits: {', '.join(plan.skipped) or 'no linear layer'}")
+    if weights:
+        console.print(f"{len(plan.layers)} layers, {bits / weights:.3f} bits per quantized weight with all metadata")
+    console.print(f"the artifact will take exactly {plan.nbytes / 2**20:.1f} MiB; nothing was done (--dry-run)")
 
 
-def _work_directory(output: Path, restart: bool) -> Path:
-    """Where the artifact grows, beside its final place. Raises OutputError when that is taken."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} exists already", hint="choose another -o, or remove it first")
-    work = output.with_name(f".{output.name}.unfinished")
-    if restart and work.exists():
-        with output_errors(work):
-            shutil.rmtree(work)
-    return work
+def _print_result(result: Any) -> None:
+    from lowbit.report.tables import print_table, row
 
-
-def read_record(artifact: Path) -> dict[str, Any] | None:
-    """The lowbit.json of an artifact, or None."""
-    file = artifact / "lowbit.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def verify_checksums(artifact: Path, record: Mapping[str, Any]) -> list[str]:
-    """Names of files that are missing or differ from their recorded checksum."""
-    return [
-        name
-        for name, digest in record.get("checksums", {}).items()
-        if not (artifact / name).is_file() or sha256_of(artifact / name) != digest
-    ]
+    name = str(result.path)
+    print_table([row(name, result.record, result.run, result.measurement)], title=name)
+    if result.run["resumed_blocks"]:
+        print(f"continued an earlier run: {result.run['resumed_blocks']} blocks were done before")
+    print(f"next: lowbit inspect {name}; lowbit evaluate {name} --base {result.record['base']['name']}")

@@ -33,7 +33,8 @@ class Registry:
             if point.name == name:
                 return point.load()
         raise self.error(
-            f"{self.kind} {name!r} is unknown{did_you_mean(name, self.names())}", hint=f"one of {', '.join(self.names())}"
+            f"{self.kind} {name!r} is unknown{did_you_mean(name, self.names())}",
+            hint=f"one of {', '.join(self.names())}",
         )
 
     def _foreign(self) -> Any:

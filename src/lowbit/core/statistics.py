@@ -57,7 +57,8 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     elif left.dtype == torch.bfloat16:
         with _bfloat16_products():
-            total.addmm_(left.float().T, right.float())
+            wide = right.float()
+            total.addmm_((wide if left is right else left.float()).T, wide)
     else:
         total.addmm_(left.float().T, right.float())
 
@@ -65,7 +66,7 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """oneDNN multiplies float32 operands as bfloat16 inside: exact for operands that came from bfloat16."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added at run time
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

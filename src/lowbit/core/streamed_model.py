@@ -8,7 +8,7 @@ its blocks taken out, so no model family needs code of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class StreamedModel:
         """One block filled from the checkpoint, or with `weights`, in the computing dtype; emptied at the end."""
         module = self.blocks[index]
         state = weights if weights is not None else self.read_block(index)
-        module.load_state_dict({name: tensor.to(self.dtype) for name, tensor in state.items()}, strict=False, assign=True)
+        module.load_state_dict(
+            {name: tensor.to(self.dtype) for name, tensor in state.items()}, strict=False, assign=True
+        )
         module.requires_grad_(False)
         try:
             yield module
@@ -87,6 +89,14 @@ class StreamedModel:
             for name in state:
                 _set_parameter(self.skeleton, name, _meta_like(state[name]))
             self.skeleton.tie_weights()  # type: ignore[operator]
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The whole model with all its weights, for what cannot be streamed (sampling text); freed at the end."""
+        with self.outside(), ExitStack() as stack:
+            for index in range(len(self.blocks)):
+                stack.enter_context(self.block(index))
+            yield self.skeleton
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [batch, tokens] -> inputs of the first block [batch, tokens, hidden]; needs `outside()`.

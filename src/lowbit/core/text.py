@@ -162,7 +162,9 @@ def _hub_rows(dataset: str) -> tuple[Iterable[Any], str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise CalibrationError(f"{name} comes from the hub", hint="pip install 'lowbit[hub]', or --dataset pydoc") from error
+        raise CalibrationError(
+            f"{name} comes from the hub", hint="pip install 'lowbit[hub]', or --dataset pydoc"
+        ) from error
     import httpx
 
     try:

@@ -140,7 +140,9 @@ def _notes(damp: float, hessian: Tensor, options: GptqOptions) -> tuple[str, ...
     share = damp / hessian.diagonal().mean().item()
     if share < options.percdamp * 5:
         return ()
-    return (f"the Hessian was not positive definite: damped by {share:.2g} of its mean diagonal, not {options.percdamp:g}",)
+    return (
+        f"the Hessian was not positive definite: damped by {share:.2g} of its mean diagonal, not {options.percdamp:g}",
+    )
 
 
 def _groups_of(order: Tensor, scheme: WeightScheme) -> Tensor:

@@ -17,7 +17,12 @@ class Activations:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device, batch: int, spill: Path | None = None
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        place: torch.device,
+        batch: int,
+        spill: Path | None = None,
     ) -> None:
         self.batch = batch
         self.spilled = spill is not None

@@ -8,7 +8,7 @@ it will really be given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -73,7 +73,9 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
     return result
 
 
-def _quantize_stack(job: BlockJob, names: Sequence[str], statistics: InputStatistics | None, result: BlockResult) -> None:
+def _quantize_stack(
+    job: BlockJob, names: Sequence[str], statistics: InputStatistics | None, result: BlockResult
+) -> None:
     """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
     plan = job.layers[f"{job.path}.{names[0]}"]
     weights = [_as_matrix(job, name) for name in names]
@@ -172,11 +174,8 @@ def _inputs_of(
 ) -> dict[str, Tensor]:
     """Inputs of the named layers for one batch; the block is left as soon as the last of them is reached."""
     seen: dict[str, Tensor] = {}
-    with _hooked(job.module, names, seen):
-        try:
-            job.model.run_block(job.index, job.module, hidden, weights)
-        except _Seen:
-            pass
+    with _hooked(job.module, names, seen), suppress(_Seen):
+        job.model.run_block(job.index, job.module, hidden, weights)
     return seen
 
 

@@ -61,8 +61,9 @@ class Plan:
         """(weights in quantized layers, bits they take with all their metadata)."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
         stored = sum(
-            spec.nbytes for name, spec in self.layout.items() if name.rpartition(".")[0] in self.layers and not
-            name.endswith(".bias")
+            spec.nbytes
+            for name, spec in self.layout.items()
+            if name.rpartition(".")[0] in self.layers and not name.endswith(".bias")
         )
         return weights, 8 * stored
 
@@ -161,7 +162,9 @@ def _layout(
     """Outside tensors first, then block by block, so that writing goes forward through the shards."""
     blocks = f"{model.architecture.blocks}."
     names = model.parameter_shapes()
-    ordered = [name for name in names if not name.startswith(blocks)] + [name for name in names if name.startswith(blocks)]
+    ordered = [name for name in names if not name.startswith(blocks)] + [
+        name for name in names if name.startswith(blocks)
+    ]
     layout: dict[str, TensorSpec] = {}
     for name in ordered:
         path, _, leaf = name.rpartition(".")

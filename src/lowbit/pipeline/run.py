@@ -169,9 +169,7 @@ def _embed(
     return arriving, original
 
 
-def _states(
-    shape: tuple[int, ...], model: StreamedModel, batch: int, streams: Streams, copies: int
-) -> Activations:
+def _states(shape: tuple[int, ...], model: StreamedModel, batch: int, streams: Streams, copies: int) -> Activations:
     count = shape[0] * shape[1] * shape[2]
     nbytes = count * model.dtype.itemsize * copies
     spill = streams.spill if nbytes > streams.max_bytes else None

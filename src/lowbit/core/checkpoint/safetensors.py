@@ -127,7 +127,7 @@ class SafetensorsCheckpoint:
         if slot is None:
             raise CheckpointError(f"{self.location} has no tensor {name!r}")
         tensor = torch.empty(slot.spec.shape, dtype=slot.spec.dtype)
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy is a buffer
         with slot.file.open("rb", buffering=0) as stream:
             position = 0
             while position < len(view):
@@ -189,7 +189,7 @@ def _weight_files(location: Path) -> list[Path]:
     if pickles:
         raise CheckpointError(
             f"{location} holds pickled weights ({pickles[0].name}), which can run code when read; refused",
-            hint="convert once, in a sandbox: python -c \"from transformers import AutoModelForCausalLM as M; "
+            hint='convert once, in a sandbox: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{location}').save_pretrained('{location}-safetensors')\"",
         )
     partial = sorted(location.glob("*.incomplete")) + sorted(location.glob("*.part"))

@@ -1,0 +1,1 @@
+"""What lowbit does, as plain functions: they join the pipeline, the formats, the evaluation and the report."""

@@ -1,0 +1,73 @@
+"""The command line: one verb a file in lowbit.commands; this only collects them and turns errors into one line.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 it failed, 2 it was asked wrongly, 3 the result is
+not good enough, 130 interrupted (run the same command again to continue).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import click
+import typer
+
+from lowbit.commands import env, recipe
+from lowbit.commands.compare import compare
+from lowbit.commands.demo import demo
+from lowbit.commands.evaluate import evaluate
+from lowbit.commands.inspect import inspect
+from lowbit.commands.quantize import quantize
+from lowbit.core.errors import LowbitError
+
+app = typer.Typer(
+    name="lowbit",
+    help="Make a causal language model low-bit with every mainstream method, and prove what that cost.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (quantize, evaluate, compare, inspect, demo):
+    app.command()(verb)
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(env.app, name="env")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
+    if version:
+        from lowbit import __version__
+
+        print(f"lowbit {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the `lowbit` script."""
+    # the libraries below report their own progress and advice; ours is on stderr already
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(torch|transformers)")
+    try:
+        code = app(standalone_mode=False)
+    except LowbitError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted: run the same command again to continue where it stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""lowbit recipe."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="The recipes that lowbit carries.")
+
+
+@app.command("list")
+def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Names of all presets, each with its first line.
+
+    Example: lowbit recipe list
+    """
+    from importlib import resources
+
+    from lowbit.recipe import preset_names
+
+    said = {
+        name: resources.files("lowbit.presets").joinpath(f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+        for name in preset_names()
+    }
+    if as_json:
+        print(json.dumps(said, indent=2))
+        return
+    for name, line in said.items():
+        print(f"{name:8} {line}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A preset, as `lowbit recipe list` shows them.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a preset in full, as YAML to start from.
+
+    Example: lowbit recipe show gptq > recipe.yaml
+    """
+    from lowbit.recipe import preset
+
+    recipe = preset(name)
+    print(
+        json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.yaml(), end="\n" if as_json else ""
+    )

@@ -1,0 +1,79 @@
+"""The comparison table: one row an artifact, for a terminal, Markdown or a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEADINGS = ("method", "bits/weight", "MiB", "compression", "perplexity", "KL (nats)", "top-1", "seconds", "peak MiB")
+
+
+def row(
+    name: str, record: Mapping[str, Any], cost: Mapping[str, Any] | None, measured: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """One row as plain data, from an artifact's lowbit.json, its cost and a measurement (its own verification, mostly)."""
+    return {
+        "name": name,
+        "method": method_name(record["recipe"], bool(record["layers"])),
+        "bits_per_weight": record["bits_per_weight"],
+        "mib": record["bytes"] / 2**20,
+        "compression": record["base"]["bytes"] / record["bytes"],
+        **{
+            key: (measured or {}).get(key)
+            for key in ("perplexity", "perplexity_error", "kl", "kl_error", "top1", "base_perplexity")
+        },
+        "seconds": cost.get("seconds") if cost else None,
+        "peak_mib": max(cost["peak_memory_mib"].values()) if cost else None,
+    }
+
+
+def method_name(recipe: Mapping[str, Any], quantized: bool) -> str:
+    """ "gptq 4-bit g64", "rtn 8-bit channel asym", "cast float16"."""
+    if not quantized:
+        return f"{recipe['method']} {recipe['dtype']}".removesuffix(" auto")
+    group = recipe["group_size"]
+    grouping = f"g{group}" if group else "channel"
+    return f"{recipe['method']} {recipe['bits']}-bit {grouping}" + ("" if recipe["symmetric"] else " asym")
+
+
+def cells(values: Mapping[str, Any]) -> list[str]:
+    """A row as text, in the order of HEADINGS; what was not measured is a dash."""
+
+    def with_error(value: str, error: str, digits: int) -> str:
+        if values[value] is None:
+            return "-"
+        return f"{values[value]:.{digits}f} ± {values[error]:.{digits}f}"
+
+    def plain(name: str, layout: str) -> str:
+        return "-" if values[name] is None else format(values[name], layout)
+
+    return [
+        values["method"],
+        plain("bits_per_weight", ".2f"),
+        plain("mib", ".1f"),
+        plain("compression", ".2f") + "x",
+        with_error("perplexity", "perplexity_error", 2),
+        with_error("kl", "kl_error", 4),
+        plain("top1", ".1%"),
+        plain("seconds", ".0f"),
+        plain("peak_mib", ".0f"),
+    ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    return "\n".join(lines + ["| " + " | ".join(cells(values)) + " |" for values in rows])
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """The table on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    for values in rows:
+        table.add_row(*cells(values))
+    Console(width=None if Console().is_terminal else 140).print(table)
