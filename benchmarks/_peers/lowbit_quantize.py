@@ -1,0 +1,22 @@
+"""lowbit itself, in a process of its own like the peers, so that seconds and memory are measured the same way."""
+
+import argparse
+import json
+
+from common import Measured
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("output")
+    parser.add_argument("--recipe", required=True, help="the arguments of lowbit.quantize as JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    import torch
+
+    import lowbit
+    from lowbit.commands.quantize import Settings
+
+    torch.set_num_threads(args.threads)
+    with Measured("lowbit"):
+        lowbit.quantize(args.model, output=args.output, settings=Settings(verify=False), **json.loads(args.recipe))
