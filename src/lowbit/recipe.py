@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lowbit.core.errors import RecipeError, did_you_mean
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Kind = Literal["int", "float", "nf4", "fp4", "mxfp4", "nvfp4"]
+Granularity = Literal["auto", "tensor", "channel", "group", "block"]
+Activations = Literal["none", "int8", "int8_static", "fp8", "fp8_static", "fp8_group", "mxfp4", "nvfp4"]
 
 
 class Calibration(_Strict):
@@ -38,33 +43,51 @@ class Override(_Strict):
 
     match: str
     method: str | None = None
+    kind: Kind | None = None
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    granularity: Granularity | None = None
+    activations: Activations | None = None
 
 
 class Recipe(_Strict):
     """One run of `lowbit quantize`.
 
     method: how numbers are chosen ("cast", "rtn", "gptq", ...); options: that method's own settings.
-    bits, group_size, symmetric: the integer scheme; group_size 0 is one scale per output channel, "auto" picks the
-    largest of 128, 64, 32 that divides every layer's inputs.
+    kind: of the weights' numbers, integers or a 4 or 8 bit float; bits, symmetric: of integers. group_size: columns that
+    share a scale, 0 is one scale per output channel, "auto" picks the largest of 128, 64, 32 that divides every layer's
+    inputs. granularity: "auto" follows from group_size; "tensor" is one scale a layer, "block" one for a square.
+    activations: what inputs are rounded to at run time: scales found there for each token (int8, fp8) or group of
+    channels (fp8_group, mxfp4, nvfp4), or one scale from calibration (int8_static, fp8_static).
+    kv_cache: "fp8" stores scales for a cache of 8 bit floats.
+    transforms: name -> options of what is done to the weights first, in order.
     format: how they are stored. dtype: of everything left unquantized ("auto": as in the checkpoint).
     ignore: layers left in 16 bits, by glob or "re:...".
     """
 
     method: str = "gptq"
+    kind: Kind = "int"
     bits: int = Field(4, ge=2, le=16)
     group_size: int | Literal["auto"] = 128
     symmetric: bool = True
+    granularity: Granularity = "auto"
+    activations: Activations = "none"
+    kv_cache: Literal["none", "fp8"] = "none"
     format: str = "compressed-tensors"
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     options: dict[str, Any] = Field(default_factory=dict)
-    transforms: tuple[str, ...] = ()
+    transforms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     sequential: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _named_transforms(cls, value: Any) -> Any:
+        """A list of names means each with its defaults."""
+        return value if isinstance(value, dict) else {name: {} for name in value or ()}
 
     @classmethod
     def load(cls, file: str | Path) -> Recipe:
@@ -91,7 +114,10 @@ class Recipe(_Strict):
             raise RecipeError(f"{where}: {field} {message}{suggestion}", hint="lowbit recipe show gptq") from error
 
     def updated(self, **changes: Any) -> Recipe:
-        """The recipe with other values; None leaves a field as it is; calibration fields may be named directly."""
+        """The recipe with other values; None leaves a field as it is; calibration fields may be named directly.
+
+        transform_options go to every transform of the recipe. Raises RecipeError.
+        """
         content = self.model_dump()
         for name, value in changes.items():
             if value is None:
@@ -100,6 +126,8 @@ class Recipe(_Strict):
                 content["calibration"][name] = value
             elif name == "options":
                 content["options"] = {**content["options"], **value}
+            elif name == "transform_options":
+                content["transforms"] = _with_options(content["transforms"], value)
             else:
                 content[name] = value
         return Recipe.parse(content)
@@ -115,6 +143,15 @@ class Recipe(_Strict):
     def override_for(self, path: str) -> Override | None:
         """The last override that matches a linear layer."""
         return next((override for override in reversed(self.overrides) if matches(override.match, path)), None)
+
+
+def _with_options(transforms: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    if not transforms:
+        raise RecipeError(
+            f"{', '.join(options)} is a setting of a transform, and the recipe has none",
+            hint="--method int8_sq, --method awq or --transform smoothquant",
+        )
+    return {name: {**own, **options} for name, own in transforms.items()}
 
 
 def matches(pattern: str, path: str) -> bool:

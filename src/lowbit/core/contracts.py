@@ -93,15 +93,27 @@ class Format(Protocol):
 @dataclass(frozen=True)
 class Needs:
     """What a method wants to be told of a layer's inputs. gram: their Gram matrix. original: also how they differ from the
-    inputs that the original model has at that place, which costs a second stream of activations."""
+    inputs that the original model has at that place, which costs a second stream of activations. inputs: only how large
+    they are. sample: some of them as they are."""
 
     gram: bool = False
     original: bool = False
+    inputs: bool = False
+    sample: bool = False
 
     @property
     def calibration(self) -> bool:
         """Whether any text has to be run through the model."""
-        return self.gram or self.original
+        return self.gram or self.original or self.inputs or self.sample
+
+    def __or__(self, other: Needs) -> Needs:
+        """What both together want."""
+        return Needs(
+            self.gram or other.gram,
+            self.original or other.original,
+            self.inputs or other.inputs,
+            self.sample or other.sample,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class Method:
     quantize(weight [out, in] float32, statistics or None, scheme, options, scale_dtype) -> Quantized.
     options: a frozen dataclass with defaults. needs(options) says which statistics `quantize` is to be given.
     reordered(options) says whether columns will move between groups (`desc_act`), which formats must be able to store.
+    kinds, granularities: of the weight schemes that it can choose numbers for.
     """
 
     name: str
@@ -126,3 +139,5 @@ class Method:
     quantize: Callable[..., Quantized]
     needs: Callable[[Any], Needs]
     reordered: Callable[[Any], bool] = lambda options: False
+    kinds: tuple[str, ...] = ("int",)
+    granularities: tuple[str, ...] = ("group", "channel")

@@ -16,10 +16,16 @@ class InputStatistics:
     cross: [in, in] float32, of (x_original - x) x^T likewise, when the inputs of the original model are collected too.
     largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs.
     tokens: number of tokens summed.
+    sample: [tokens / sample_every, in], every so manieth token's input as it is; None without `sample_every`.
     """
 
-    def __init__(self, features: int, device: torch.device, *, gram: bool = True, cross: bool = False) -> None:
+    def __init__(
+        self, features: int, device: torch.device, *, gram: bool = True, cross: bool = False, sample_every: int = 0
+    ) -> None:
         self.features = features
+        self.sample_every = sample_every
+        self.sample: Tensor | None = None
+        self._samples: list[Tensor] = []
         self.tokens = 0
         self.gram = torch.zeros(features, features, device=device) if gram else None
         self.cross = torch.zeros(features, features, device=device) if cross else None
@@ -29,6 +35,8 @@ class InputStatistics:
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """Add inputs [..., in], 16 or 32 bit; `original` [..., in] are the same tokens' inputs in the original model."""
         x = inputs.reshape(-1, self.features)
+        if self.sample_every:
+            self._samples.append(x[-self.tokens % self.sample_every :: self.sample_every].clone())
         self.tokens += x.shape[0]
         magnitude = x.abs()
         self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
@@ -43,6 +51,9 @@ class InputStatistics:
         for matrix in (self.gram, self.cross):
             if matrix is not None:
                 matrix.div_(max(self.tokens, 1))
+        if self._samples:
+            self.sample = torch.cat(self._samples)
+            self._samples.clear()
 
 
 def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,11 +2,12 @@
 
 Linear layers that share an input share its statistics, and are stacked: the same Hessian serves all their rows. With
 `sequential`, each group of layers is watched after the groups before it have been quantized, so that it sees the inputs
-it will really be given.
+it will really be given. Transforms come first, and see the whole block as it was.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,16 +19,23 @@ from lowbit.core.contracts import Needs, Quantized
 from lowbit.core.qtensor import QTensor
 from lowbit.core.statistics import InputStatistics
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.plan import LayerPlan
+from lowbit.pipeline.plan import LayerPlan, TransformPlan, needs_input_scale
 
 ScaleDtype = Callable[[LayerPlan], torch.dtype]
+# tokens whose inputs are kept as they are, for methods and transforms that ask for a sample
+_SAMPLED_TOKENS = 512
 
 
 @dataclass
 class BlockResult:
-    """The numbers of a block's layers by module path, their relative errors, and what the methods had to say."""
+    """The numbers of a block's layers by module path, their relative errors, and what the methods had to say.
 
+    weights: all of the block's tensors by name within it, as the transforms left them.
+    """
+
+    weights: Mapping[str, Tensor]
     tensors: dict[str, QTensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -37,7 +45,7 @@ class BlockResult:
 class BlockJob:
     """A block with its weights as stored, the layers to quantize in it, and the calibration states before it.
 
-    weights: by name within the block. arriving: hidden states that come out of the quantized prefix; None without
+    weights: by name within the block; transforms replace them. arriving: hidden states that come out of the quantized prefix; None without
     calibration. original: those of the unquantized model, when a method compares.
     """
 
@@ -49,22 +57,39 @@ class BlockJob:
     arriving: Activations | None
     original: Activations | None
     scale_dtype: ScaleDtype
+    transforms: Sequence[TransformPlan] = ()
 
     @property
     def path(self) -> str:
+        """Module path of the block."""
         return self.model.block_path(self.index)
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight [out, in] float32 of one of the block's linear layers."""
+        weight = self.weights[f"{name}.weight"].float()
+        return weight.T.contiguous() if self.model.architecture.transposed else weight
+
+    def groups(self) -> list[list[str]]:
+        """Names of the layers to quantize, by shared input, in order of execution."""
+        planned = [
+            [name for name in group if f"{self.path}.{name}" in self.layers]
+            for group in self.model.architecture.linears
+        ]
+        return [group for group in planned if group]
 
 
 def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], None]) -> BlockResult:
-    """Quantize every planned layer of a block, in order of execution; the module holds the result afterwards."""
-    result = BlockResult()
-    groups = [
-        [name for name in group if f"{job.path}.{name}" in job.layers] for group in job.model.architecture.linears
-    ]
-    groups = [group for group in groups if group]
+    """Transform a block and quantize its planned layers, in order of execution; the module holds the result afterwards."""
+    known: dict[str, InputStatistics] = {}
+    if job.transforms:
+        from lowbit.pipeline.transform import transform_block
+
+        known = transform_block(job, note)
+    result = BlockResult(weights=job.weights)
+    groups = job.groups()
     steps = [[group] for group in groups] if sequential else [groups]
-    for step in steps:
-        statistics = _watch(job, step)
+    for number, step in enumerate(steps):
+        statistics = _statistics(job, step, known, stale=sequential and number > 0)
         for group in step:
             for stack in _stacks(job, group):
                 note(f"{job.path} {', '.join(name.rpartition('.')[2] for name in stack)}")
@@ -73,16 +98,34 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
     return result
 
 
+def _statistics(
+    job: BlockJob, step: Sequence[Sequence[str]], known: dict[str, InputStatistics], *, stale: bool
+) -> dict[str, InputStatistics]:
+    """Statistics for a step: those that the transforms left, unless a method wants to see what quantization has changed
+    since (`stale`), or more than they hold; else by watching."""
+    found: dict[str, InputStatistics] = {}
+    missing: dict[str, Needs] = {}
+    for group in step:
+        needs, left = _needs_of(job, group), known.pop(group[0], None)
+        covered = left is not None and not needs.original and (left.gram is not None or not needs.gram)
+        if left is not None and covered and not (stale and needs.calibration):
+            found[group[0]] = left
+        elif needs.calibration:
+            missing[group[0]] = needs
+    return found | watch(job, missing)
+
+
 def _quantize_stack(
     job: BlockJob, names: Sequence[str], statistics: InputStatistics | None, result: BlockResult
 ) -> None:
     """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
     plan = job.layers[f"{job.path}.{names[0]}"]
-    weights = [_as_matrix(job, name) for name in names]
+    weights = [job.matrix(name) for name in names]
     stacked = torch.cat(weights)
-    quantized: Quantized = plan.method.quantize(
-        stacked, statistics, plan.scheme.weights, plan.options, job.scale_dtype(plan)
-    )
+    dtype = job.scale_dtype(plan)
+    quantized: Quantized = plan.method.quantize(stacked, statistics, plan.scheme.weights, plan.options, dtype)
+    if statistics is not None and needs_input_scale(plan.scheme):
+        quantized = with_input_scale(quantized, statistics, plan.scheme, dtype)
     start = 0
     for name, weight in zip(names, weights, strict=True):
         tensor = rows_of(quantized.tensor, start, start + len(weight))
@@ -114,37 +157,42 @@ def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistic
 
 def rows_of(tensor: QTensor, start: int, stop: int) -> QTensor:
     """Output rows of a quantized matrix."""
+    if (start, stop) == (0, tensor.shape[0]):
+        return tensor
     zero = None if tensor.zero is None else tensor.zero[start:stop]
-    return QTensor(tensor.codes[start:stop], tensor.scale[start:stop], tensor.scheme, zero, tensor.group_index)
-
-
-def _as_matrix(job: BlockJob, name: str) -> Tensor:
-    weight = job.weights[f"{name}.weight"].float()
-    return weight.T.contiguous() if job.model.architecture.transposed else weight
+    scale = tensor.scale[start:stop]
+    return QTensor(tensor.codes[start:stop], scale, tensor.scheme, zero, tensor.group_index, tensor.extra)
 
 
 def _stacks(job: BlockJob, group: Sequence[str]) -> list[list[str]]:
-    """Layers of one input group that can be quantized in one go: same scheme, method and options."""
+    """Layers of one input group that can be quantized in one go: same scheme, method and options, scales by row."""
     stacks: dict[tuple[object, ...], list[str]] = {}
     for name in group:
         plan = job.layers[f"{job.path}.{name}"]
-        stacks.setdefault((plan.scheme, plan.method.name, plan.options), []).append(name)
+        weights = plan.scheme.weights
+        # bitsandbytes' nested scales span rows, as those of blocks and tensors do
+        apart = weights is None or weights.granularity in ("tensor", "block") or weights.kind in ("nf4", "fp4")
+        stacks.setdefault((plan.scheme, plan.method.name, plan.options, name if apart else ""), []).append(name)
     return list(stacks.values())
 
 
-def _watch(job: BlockJob, groups: Sequence[Sequence[str]]) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of each group, by its first layer, over all calibration windows."""
-    needs = {group[0]: _needs_of(job, group) for group in groups}
-    watched = [name for name, need in needs.items() if need.calibration]
+def watch(job: BlockJob, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of layers by name, over all calibration windows; `needs` in order of execution."""
+    watched = list(needs)
     if not watched or job.arriving is None:
         return {}
+    every = max(1, job.arriving.states[..., 0].numel() // _SAMPLED_TOKENS)
     statistics = {
         name: InputStatistics(
-            _as_matrix(job, name).shape[1], job.model.device, gram=needs[name].gram, cross=needs[name].original
+            job.matrix(name).shape[1],
+            job.model.device,
+            gram=need.gram,
+            cross=need.original,
+            sample_every=every if need.sample else 0,
         )
-        for name in watched
+        for name, need in needs.items()
     }
-    compare = job.original is not None and any(needs[name].original for name in watched)
+    compare = job.original is not None and any(need.original for need in needs.values())
     original_weights = {name: tensor.to(job.model.dtype) for name, tensor in job.weights.items()} if compare else None
     for where in job.arriving.batches():
         hidden = job.arriving.get(where, job.model.device)
@@ -160,9 +208,7 @@ def _watch(job: BlockJob, groups: Sequence[Sequence[str]]) -> dict[str, InputSta
 
 
 def _needs_of(job: BlockJob, group: Sequence[str]) -> Needs:
-    plans = [job.layers[f"{job.path}.{name}"] for name in group]
-    needs = [plan.method.needs(plan.options) for plan in plans]
-    return Needs(gram=any(need.gram for need in needs), original=any(need.original for need in needs))
+    return functools.reduce(Needs.__or__, (job.layers[f"{job.path}.{name}"].needs for name in group))
 
 
 class _Seen(Exception):  # noqa: N818 - control flow, not an error

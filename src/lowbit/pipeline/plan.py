@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.core.contracts import Format, Method, TensorSpec
+from lowbit.core.contracts import Format, Method, Needs, TensorSpec
 from lowbit.core.errors import FormatError, RecipeError, did_you_mean
-from lowbit.core.scheme import DTYPES, Scheme, WeightScheme
+from lowbit.core.scheme import DTYPES, Scheme
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.formats import get_format
+from lowbit.formats import FORMATS, get_format
 from lowbit.methods import METHODS
-from lowbit.recipe import Override, Recipe
+from lowbit.pipeline.schemes import Numbers, scheme_of
+from lowbit.recipe import Recipe
+from lowbit.transforms import TRANSFORMS
+from lowbit.transforms.scaling import Transform
 
 _AUTO_GROUP_SIZES = (128, 64, 32)
 _OFFERED_GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
@@ -31,6 +34,20 @@ class LayerPlan:
     method: Method
     options: Any
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be known of the layer's inputs: by its method, and for scales of its inputs that are stored."""
+        own: Needs = self.method.needs(self.options)
+        return own | Needs(inputs=needs_input_scale(self.scheme))
+
+
+@dataclass(frozen=True)
+class TransformPlan:
+    """A transform with its options."""
+
+    transform: Transform
+    options: Any
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +55,7 @@ class Plan:
 
     layers: linear layers to quantize, by module path. skipped: linear layers left in 16 bits.
     layout: every tensor of the artifact, in the order in which it is written.
-    format: None when nothing is quantized (plain safetensors).
+    format: None when nothing is quantized (plain safetensors). transforms: done to each block first, in order.
     """
 
     layers: dict[str, LayerPlan]
@@ -46,6 +63,7 @@ class Plan:
     layout: dict[str, TensorSpec]
     format: Format | None
     dtype: torch.dtype
+    transforms: tuple[TransformPlan, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +72,8 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any layer's method wants statistics."""
-        return any(layer.method.needs(layer.options).calibration for layer in self.layers.values())
+        """Whether any transform or any layer's method wants statistics, or scales of inputs are stored."""
+        return bool(self.transforms) or any(layer.needs.calibration for layer in self.layers.values())
 
     def quantized_bits(self) -> tuple[int, int]:
         """(weights in quantized layers, bits they take with all their metadata)."""
@@ -80,13 +98,14 @@ def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
         raise RecipeError("every linear layer is ignored, nothing would be quantized", hint="narrow --ignore")
     recipe = _with_group_size(recipe, quantized)
     target = get_format(recipe.format)
+    transforms = _transforms(recipe, model)
     layers = {path: _plan_layer(recipe, path, shape) for path, shape in quantized.items()}
     for scheme in {layer.scheme for layer in layers.values()}:
         reason = target.refuse(scheme)
         if reason:
-            raise FormatError(reason, hint="--format, --bits, --group-size, --sym/--zero-point or --act-order")
+            raise FormatError(reason, hint=_formats_for(scheme))
     target.quantization_config({path: layer.scheme for path, layer in layers.items()}, skipped)
-    return Plan(layers, skipped, _layout(model, layers, target, dtype), target, dtype)
+    return Plan(layers, skipped, _layout(model, layers, target, dtype), target, dtype, transforms)
 
 
 def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
@@ -103,32 +122,50 @@ def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
     return shapes  # type: ignore[return-value]
 
 
-def method_options(method: Method, given: Mapping[str, Any]) -> Any:
-    """A method's options from plain data. Raises RecipeError for names it does not have."""
-    known = [field.name for field in fields(method.options)]
+def needs_input_scale(scheme: Scheme) -> bool:
+    """Whether calibration has to find a scale of the layer's inputs: static ones, and NVFP4's for the whole tensor."""
+    inputs = scheme.activations
+    return inputs is not None and (not inputs.dynamic or inputs.kind == "nvfp4")
+
+
+def part_options(part: Method | Transform, given: Mapping[str, Any]) -> Any:
+    """Options of a method or transform from plain data. Raises RecipeError for names it does not have."""
+    known = [field.name for field in fields(part.options)]
     for name in given:
         if name not in known:
             raise RecipeError(
-                f"method {method.name!r} has no option {name!r}{did_you_mean(name, known)}",
-                hint=f"its options are {', '.join(known)}",
+                f"{type(part).__name__.lower()} {part.name!r} has no option {name!r}{did_you_mean(name, known)}",
+                hint=f"its options are {', '.join(known) or 'none'}",
             )
-    return method.options(**given)
+    return part.options(**given)
+
+
+def _transforms(recipe: Recipe, model: StreamedModel) -> tuple[TransformPlan, ...]:
+    if recipe.transforms and not model.architecture.scalings:
+        raise RecipeError(
+            f"transform {next(iter(recipe.transforms))!r} needs to know which norm feeds which layer, and model type "
+            f"{model.checkpoint.config.get('model_type')!r} is not in the table of architectures",
+            hint="a method without transforms, such as --method gptq",
+        )
+    parts = [(TRANSFORMS.get(name), given) for name, given in recipe.transforms.items()]
+    return tuple(TransformPlan(transform, part_options(transform, given)) for transform, given in parts)
+
+
+def _formats_for(scheme: Scheme) -> str:
+    """A hint that names the formats which hold `scheme`."""
+    holding = [name for name in FORMATS.names() if get_format(name).refuse(scheme) is None]
+    return (
+        f"--format {' or '.join(holding)} holds {scheme.name}" if holding else "lowbit methods lists what goes together"
+    )
 
 
 def _plan_layer(recipe: Recipe, path: str, shape: tuple[int, int]) -> LayerPlan:
-    override = recipe.override_for(path) or Override(match="")
-    method: Method = METHODS.get(override.method or recipe.method)
-    options = method_options(method, recipe.options if method.name == recipe.method else {})
-    group_size = override.group_size if override.group_size is not None else recipe.group_size
-    weights = WeightScheme(
-        bits=override.bits or recipe.bits,
-        granularity="group" if group_size else "channel",
-        group_size=int(group_size),
-        symmetric=recipe.symmetric if override.symmetric is None else override.symmetric,
-        reordered=method.reordered(options),
-    )
-    _check_divisible(path, shape, weights)
-    return LayerPlan(path, shape, Scheme(f"w{weights.bits}a16", weights), method, options)
+    override = recipe.override_for(path)
+    method: Method = METHODS.get((override.method if override else None) or recipe.method)
+    options = part_options(method, recipe.options if method.name == recipe.method else {})
+    scheme = scheme_of(Numbers.of(recipe, override), method, reordered=method.reordered(options))
+    _check_divisible(path, shape, scheme)
+    return LayerPlan(path, shape, scheme, method, options)
 
 
 def _with_group_size(recipe: Recipe, quantized: Mapping[str, tuple[int, int]]) -> Recipe:
@@ -139,8 +176,9 @@ def _with_group_size(recipe: Recipe, quantized: Mapping[str, tuple[int, int]]) -
     return recipe.updated(group_size=next(fitting, 0))
 
 
-def _check_divisible(path: str, shape: tuple[int, int], weights: WeightScheme) -> None:
-    if weights.group_size and shape[1] % weights.group_size:
+def _check_divisible(path: str, shape: tuple[int, int], scheme: Scheme) -> None:
+    weights = scheme.weights
+    if weights is not None and weights.granularity == "group" and shape[1] % weights.group_size:
         sizes = [size for size in _OFFERED_GROUP_SIZES if shape[1] % size == 0]
         raise RecipeError(
             f"group size {weights.group_size} does not divide the {shape[1]} inputs of {path}",

@@ -94,12 +94,20 @@ def _do_block(
     path = model.block_path(index)
     with torch.no_grad(), model.block(index, weights) as module:
         job = BlockJob(
-            model, index, module, weights, plan.layers, arriving, original, lambda layer: _scale_dtype(plan, layer)
+            model,
+            index,
+            module,
+            weights,
+            plan.layers,
+            arriving,
+            original,
+            lambda layer: _scale_dtype(plan, layer),
+            plan.transforms,
         )
         result = quantize_block(job, sequential=sequential, note=progress.note)
         for note in {note for notes in result.notes.values() for note in notes}:
             progress.warn(f"{path}: {note}")
-        _write_block(plan, writer, path, weights, result)
+        _write_block(plan, writer, path, result)
         writer.sync()
         journal.done(index, {"errors": result.errors, "notes": result.notes})
         if result.errors:
@@ -121,10 +129,8 @@ def _weights_as_stored(plan: Plan, model: StreamedModel, index: int) -> dict[str
     return weights
 
 
-def _write_block(
-    plan: Plan, writer: ShardedWriter, path: str, weights: Mapping[str, Tensor], result: BlockResult
-) -> None:
-    for name, tensor in weights.items():
+def _write_block(plan: Plan, writer: ShardedWriter, path: str, result: BlockResult) -> None:
+    for name, tensor in result.weights.items():
         layer = plan.layers.get(f"{path}.{name.removesuffix('.weight')}") if name.endswith(".weight") else None
         if layer is None or plan.format is None:
             writer.write(f"{path}.{name}", tensor.to(plan.dtype))
@@ -150,7 +156,7 @@ def _embed(
     plan: Plan, model: StreamedModel, windows: Tensor, streams: Streams
 ) -> tuple[Activations, Activations | None]:
     """Hidden states before the first block: those that the quantized prefix will feed, and the original's if compared."""
-    compares = any(layer.method.needs(layer.options).original for layer in plan.layers.values())
+    compares = any(layer.needs.original for layer in plan.layers.values())
     batch = max(1, streams.batch_tokens // windows.shape[1])
     hidden_size = model.skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     with torch.no_grad(), model.outside():
@@ -201,16 +207,20 @@ class _Finished:
         self.replayed = 0
 
     def fill(self, index: int, module: torch.nn.Module) -> None:
-        """Put the quantized weights of a finished block into its module."""
+        """Put the weights of a finished block into its module: the quantized ones, and what transforms made of others."""
         self.replayed += 1
         checkpoint = open_artifact(SafetensorsCheckpoint(self.directory))
         if not isinstance(checkpoint, ArtifactCheckpoint):
             return
         path = self.model.block_path(index)
-        for layer in checkpoint.modules:
-            if layer.startswith(f"{path}."):
-                dense = checkpoint.qtensor(layer).to(self.model.device).dequantize(torch.float32)
-                place_weight(self.model, module, layer.removeprefix(f"{path}."), dense)
+        quantized = {layer.removeprefix(f"{path}.") for layer in checkpoint.modules if layer.startswith(f"{path}.")}
+        for name in quantized:
+            dense = checkpoint.qtensor(f"{path}.{name}").to(self.model.device).dequantize(torch.float32)
+            place_weight(self.model, module, name, dense)
+        others = [name for name, _ in module.named_parameters() if name.removesuffix(".weight") not in quantized]
+        state = {name: checkpoint.read(f"{path}.{name}").to(self.model.device, self.model.dtype) for name in others}
+        module.load_state_dict(state, strict=False, assign=True)
+        module.requires_grad_(False)
 
 
 def _replay_finished(
