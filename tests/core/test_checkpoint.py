@@ -91,7 +91,9 @@ VALID = st.dictionaries(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-@given(header=VALID | st.lists(st.integers()), length=st.none() | st.integers(0, 2**64 - 1), tail=st.binary(max_size=64))
+@given(
+    header=VALID | st.lists(st.integers()), length=st.none() | st.integers(0, 2**64 - 1), tail=st.binary(max_size=64)
+)
 def test_any_header_is_read_or_refused(tmp_path: Path, header: object, length: int | None, tail: bytes) -> None:
     text = json.dumps(header).encode()
     file = tmp_path / "fuzz.safetensors"
@@ -105,7 +107,10 @@ def test_any_header_is_read_or_refused(tmp_path: Path, header: object, length: i
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-@given(flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=6), cut=st.integers(0, 5000))
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=6),
+    cut=st.integers(0, 5000),
+)
 def test_damaged_files_are_read_or_refused(tmp_path: Path, flips: list[tuple[int, int]], cut: int) -> None:
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"

@@ -56,7 +56,9 @@ def test_table_lists_every_linear_layer_and_groups_those_that_share_an_input(
         with model.outside():
             hidden = model.embed(torch.arange(1, 9)[None])
         with model.block(0) as block:
-            matrices = [name for name, child in block.named_modules() if getattr(child, "weight", torch.empty(0)).dim() == 2]
+            matrices = [
+                name for name, child in block.named_modules() if getattr(child, "weight", torch.empty(0)).dim() == 2
+            ]
             for name in matrices:
                 block.get_submodule(name).register_forward_pre_hook(
                     lambda _, args, name=name: seen.__setitem__(name, args[0].data_ptr())

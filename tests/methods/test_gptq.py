@@ -28,7 +28,9 @@ def layer(rows: int = 24, columns: int = 64, tokens: int = 512, seed: int = 0) -
     return weight, statistics
 
 
-def literal_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, groups: torch.Tensor, max_code: int) -> torch.Tensor:
+def literal_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, groups: torch.Tensor, max_code: int
+) -> torch.Tensor:
     """The paper's derivation without Cholesky and without blocks: after each column the inverse Hessian of the remaining
     columns is computed afresh (equations 2 and 3, optimal brain surgeon), in float64."""
     weight, codes = weight.double().clone(), torch.empty_like(weight)
@@ -68,7 +70,9 @@ def test_gptq_beats_rounding_to_nearest(act_order: str, symmetric: bool) -> None
     result = quantize(weight, statistics, scheme, GptqOptions(act_order=act_order), torch.float32)  # type: ignore[arg-type]
     plain = min_max_grid(weight, scheme, torch.float32)
     groups = group_of_columns(64, scheme, CPU)
-    nearest = (to_codes(weight, plain.scale[:, groups], plain.zero[:, groups], 7) - plain.zero[:, groups]) * plain.scale[:, groups]
+    nearest = (
+        to_codes(weight, plain.scale[:, groups], plain.zero[:, groups], 7) - plain.zero[:, groups]
+    ) * plain.scale[:, groups]
     ours = output_error(weight, result.tensor.dequantize(), statistics.gram).sum()
     assert ours < 0.6 * output_error(weight, nearest, statistics.gram).sum()
 
@@ -150,7 +154,10 @@ def test_searched_grid_is_never_worse_than_min_max(seed: int, bits: int, symmetr
         error = weight - scale * (to_codes(weight, scale, zero, scheme.max_code) - zero)
         return (importance * error.square()).sum()
 
-    assert cost(search_grid(weight, scheme, torch.float16, importance)) <= cost(min_max_grid(weight, scheme, torch.float16)) * 1.001
+    assert (
+        cost(search_grid(weight, scheme, torch.float16, importance))
+        <= cost(min_max_grid(weight, scheme, torch.float16)) * 1.001
+    )
 
 
 def test_hessian_that_is_not_positive_definite_is_damped_and_reported() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.core.architectures import known_architecture
 from lowbit.core.contracts import Checkpoint, TensorSpec
 from lowbit.core.errors import CheckpointError, FormatError
 from lowbit.core.qtensor import QTensor
@@ -20,7 +21,7 @@ from lowbit.formats.layout import StoredFormat
 class ArtifactCheckpoint:
     """A contracts.Checkpoint with dense names on top of a raw one with stored names.
 
-    `tensors` lists `module.weight` [out, in] in the model's dtype for every quantized layer, and all other tensors as
+    `tensors` lists `module.weight` as the model has it ([out, in]; Conv1D: [in, out]) in its dtype for every quantized layer, and all other tensors as
     they are; `config` is the raw one without `quantization_config`, which is kept beside it.
     """
 
@@ -38,6 +39,8 @@ class ArtifactCheckpoint:
         scheme_of = self.format.schemes(self.quantization_config)
         self._schemes = {module: self._known(module, scheme_of(module)) for module in self._stored}
         self._dtype = dtype or self._model_dtype()
+        architecture = known_architecture(str(raw.config.get("model_type", "")))
+        self._transposed = architecture is not None and architecture.transposed
         self._tensors = self._dense_tensors()
 
     @property
@@ -54,7 +57,8 @@ class ArtifactCheckpoint:
         """One tensor on the CPU, dequantized in float32 and rounded once. Raises CheckpointError or FormatError."""
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self._stored:
-            return self.qtensor(module).dequantize(self._dtype)
+            dense = self.qtensor(module).dequantize(self._dtype)
+            return dense.T.contiguous() if self._transposed else dense
         if name not in self._tensors:
             raise CheckpointError(f"{self.location} has no tensor {name!r}")
         return self.raw.read(name)
@@ -115,7 +119,7 @@ class ArtifactCheckpoint:
         for module, names in self._stored.items():
             specs = {suffix: self.raw.tensors[name] for suffix, name in names.items()}
             shape = self.format.dense_shape(specs, self._schemes[module], self._reader(names))
-            dense[f"{module}.weight"] = TensorSpec(self._dtype, shape)
+            dense[f"{module}.weight"] = TensorSpec(self._dtype, shape[::-1] if self._transposed else shape)
         return dense
 
     def _reader(self, names: Mapping[str, str]) -> Callable[[str], Tensor]:

@@ -35,14 +35,15 @@ class GptqOptions:
     """percdamp: share of the mean diagonal added to the Hessian's diagonal; ten times more on each failed factorization.
     act_order: "static" (loads everywhere), "desc" (groups move along, `desc_act`), or "none".
     search: search grids instead of min-max. refine: rounds of scale fitting and coordinate descent after the column loop.
-    asymmetric: share (0 to 1) of the asymmetric calibration's correction that is applied; 0 turns it off.
+    asymmetric: share (0 to 1) of the asymmetric calibration's correction that is applied; 0 turns it off and saves the
+        second stream of activations. Shares near 1 fit the calibration text better and other text worse.
     """
 
     percdamp: float = 0.01
     act_order: ActOrder = "static"
     search: bool = True
-    refine: int = 2
-    asymmetric: float = 0.0
+    refine: int = 1
+    asymmetric: float = 0.5
 
 
 def quantize(

@@ -44,6 +44,7 @@ class ShardedWriter:
         self._places: dict[str, tuple[Path, int, TensorSpec]] = {}
         with output_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            self._check_space()
             for shard in self.shards:
                 self._place(shard)
 
@@ -77,6 +78,13 @@ class ShardedWriter:
             write_json(self.directory / "model.safetensors.index.json", index)
         self.sync()
         return {shard.name: sha256_of(self.directory / shard.name) for shard in self.shards}
+
+    def _check_space(self) -> None:
+        # asked before it is taken: a failing fallocate first fills the disk for everybody else on the machine
+        need = sum(spec.nbytes for shard in self.shards for spec in shard.tensors.values())
+        have = sum((self.directory / s.name).stat().st_size for s in self.shards if (self.directory / s.name).exists())
+        if need - have > shutil.disk_usage(self.directory).free:
+            raise OSError(errno.ENOSPC, "not enough space")
 
     def _place(self, shard: _Shard) -> None:
         file = self.directory / shard.name
