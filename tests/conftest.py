@@ -19,11 +19,14 @@ def _one_thread() -> None:
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer of 512 tokens."""
     from pydoc_data.topics import topics
+
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(list(topics.values())[:40], vocab_size=512, special_tokens=["<eos>"], show_progress=False)
+    trained.train_from_iterator(
+        list(topics.values())[:40], vocab_size=512, special_tokens=["<eos>"], show_progress=False
+    )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>")
     wrapped.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -14,15 +14,6 @@ from lowbit.core.errors import RecipeError
 if TYPE_CHECKING:
     from lowbit.recipe import Recipe
 
-_EXAMPLES = """
-Examples:
-
-    lowbit quantize meta-llama/Llama-3.2-1B --method gptq --bits 4 --group-size 128 --dataset c4 -o llama-w4
-
-    lowbit quantize ./model --method gptq --group-size auto --dataset pydoc --format gptq -o model-gptq
-
-    lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
-"""
 
 
 def quantize(
@@ -30,7 +21,7 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact goes.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Preset or method: gptq, rtn, int8, fp16, bf16 ...")] = None,
+    method: Annotated[str | None, typer.Option(help="Preset or method: gptq, awq, int8_sq, fp8 ... (lowbit methods).")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="Columns that share a scale; 0 one scale a row; auto picks one that fits.")
@@ -52,6 +43,13 @@ def quantize(
     transform: Annotated[
         list[str] | None, typer.Option(help="Done to the weights before the method; repeatable.")
     ] = None,
+    alpha: Annotated[
+        str | None, typer.Option(help="smoothquant: share of the inputs' range moved into weights; auto searches it.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="none, int8, int8_static, fp8, fp8_static, fp8_group, mxfp4 or nvfp4.")
+    ] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="fp8 stores scales for an 8-bit cache; none.")] = None,
     format: Annotated[
         str | None, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 ... (see lowbit recipe show).")
     ] = None,
@@ -75,7 +73,16 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Quantize a model, read the result back and measure it. Run it again to continue after a crash."""
+    """Quantize a model, read the result back and measure it. Run it again to continue after a crash.
+
+    Examples:
+
+    lowbit quantize meta-llama/Llama-3.2-1B --method gptq --bits 4 --group-size 128 --dataset c4 -o llama-w4
+
+    lowbit quantize ./model --method gptq --group-size auto --dataset pydoc --format gptq -o model-gptq
+
+    lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
+    """
     from lowbit.api.quantize import Settings, plan
     from lowbit.api.quantize import quantize as run
     from lowbit.commands.progress import listener
@@ -92,11 +99,15 @@ def quantize(
         seq_len=seq_len,
         seed=seed,
         transforms=tuple(transform) if transform else None,
+        activations=activations,
+        kv_cache=kv_cache,
         format=format,
         dtype=dtype,
         ignore=tuple(ignore) if ignore else None,
         options=options or None,
     )
+    if alpha is not None:
+        chosen = chosen.updated(transform_options={"alpha": _alpha(alpha)})
     settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart)
     if dry_run:
         _print_plan(plan(model, recipe=chosen, settings=settings), chosen, as_json)
@@ -135,6 +146,18 @@ def _options(pairs: list[str]) -> dict[str, Any]:
             raise RecipeError(f"--option {pair!r} is not NAME=VALUE", hint="such as --option percdamp=0.05")
         options[name.strip().replace("-", "_")] = yaml.safe_load(value)
     return options
+
+
+def _alpha(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise RecipeError(f"--alpha {text!r} is not a number from 0 to 1", hint="such as 0.5, or auto")
+    return share
 
 
 def _group_size(text: str | None) -> int | str | None:

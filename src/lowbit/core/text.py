@@ -38,6 +38,9 @@ HUB_SETS = {
     "pileval": _HubText("mit-han-lab/pile-val-backup", None, "validation", "text"),
     "ultrachat": _HubText("HuggingFaceH4/ultrachat_200k", None, "train_sft", "messages"),
 }
+# tokens that windows are drawn from, at most: hub sets are endless. The same for every `count`, so that the first windows
+# of a longer draw are those of a shorter one
+_POOL = 2**22
 _LOCAL = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 _DEFAULT_COLUMNS = ("text", "content", "messages", "prompt", "query", "ctx", "question")
 
@@ -65,8 +68,7 @@ def windows_digest(windows: Tensor) -> str:
 
 
 def _draw(dataset: str, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
-    # more text than needed is read, so that windows come from all over it; hub sets are endless, so that is bounded
-    windows = _windows_of(dataset, _token_stream(dataset, tokenizer, 8 * count * length), count, length)
+    windows = _windows_of(dataset, _token_stream(dataset, tokenizer, max(_POOL, count * length)), count, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
 

@@ -21,8 +21,8 @@ from lowbit.formats.layout import StoredFormat
 class ArtifactCheckpoint:
     """A contracts.Checkpoint with dense names on top of a raw one with stored names.
 
-    `tensors` lists `module.weight` as the model has it ([out, in]; Conv1D: [in, out]) in its dtype for every quantized layer, and all other tensors as
-    they are; `config` is the raw one without `quantization_config`, which is kept beside it.
+    `tensors` lists `module.weight` as the model has it ([out, in]; Conv1D: [in, out]) in its dtype for every quantized
+    layer, and all other tensors as they are; `config` is the raw one without `quantization_config`, which is kept beside it.
     """
 
     def __init__(self, raw: Checkpoint, dtype: torch.dtype | None = None) -> None:

@@ -14,7 +14,7 @@ def row(
     """One row as plain data, from an artifact's lowbit.json, its cost and a measurement (its own verification, mostly)."""
     return {
         "name": name,
-        "method": method_name(record["recipe"], bool(record["layers"])),
+        "method": method_name(record),
         "bits_per_weight": record["bits_per_weight"],
         "mib": record["bytes"] / 2**20,
         "compression": record["base"]["bytes"] / record["bytes"],
@@ -27,13 +27,15 @@ def row(
     }
 
 
-def method_name(recipe: Mapping[str, Any], quantized: bool) -> str:
-    """ "gptq 4-bit g64", "rtn 8-bit channel asym", "cast float16"."""
-    if not quantized:
+def method_name(record: Mapping[str, Any]) -> str:
+    """ "gptq 4-bit g64", "rtn 8-bit channel asym", "cast float16": the recipe's method and the numbers of most layers."""
+    recipe = record["recipe"]
+    weights = [layer["scheme"]["weights"] for layer in record["layers"].values()]
+    if not weights:
         return f"{recipe['method']} {recipe['dtype']}".removesuffix(" auto")
-    group = recipe["group_size"]
-    grouping = f"g{group}" if group else "channel"
-    return f"{recipe['method']} {recipe['bits']}-bit {grouping}" + ("" if recipe["symmetric"] else " asym")
+    usual = max(weights, key=weights.count)
+    grouping = f"g{usual['group_size']}" if usual["group_size"] else usual["granularity"]
+    return f"{recipe['method']} {usual['bits']}-bit {grouping}" + ("" if usual["symmetric"] else " asym")
 
 
 def cells(values: Mapping[str, Any]) -> list[str]:
