@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.errors import CalibrationError
-from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
+from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
+from lowbit.methods.columns import compensate
 from lowbit.methods.refine import descend_codes, fit_scales
 from lowbit.methods.rtn import make_qtensor
 
@@ -99,17 +100,15 @@ def round_columns(
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
-        columns = weight[:, start:stop].T.contiguous()  # [block, out]: a column is one contiguous row
-        factor = inverse_factor[start:stop, start:stop]
         own = groups[start:stop]
-        scale, zero = grid.scale[:, own].T.contiguous(), grid.zero[:, own].T.contiguous()
-        errors = torch.empty_like(columns)
-        for j in range(stop - start):
-            code = to_codes(columns[j], scale[j], zero[j], max_code)
-            codes[:, start + j] = code
-            errors[j] = (columns[j] - scale[j] * (code - zero[j])) / factor[j, j]
-            columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-        weight[:, stop:].addmm_(errors.T, inverse_factor[start:stop, stop:], alpha=-1)
+        codes[:, start:stop], errors = compensate(
+            weight[:, start:stop],
+            inverse_factor[start:stop, start:stop],
+            grid.scale[:, own],
+            grid.zero[:, own],
+            max_code,
+        )
+        weight[:, stop:].addmm_(errors, inverse_factor[start:stop, stop:], alpha=-1)
     return codes
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.core.primitives import Grid, stored_scale, to_codes
+from lowbit.core.primitives import Grid, stored_scale
+from lowbit.methods.columns import descend
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
@@ -53,18 +54,10 @@ def descend_codes(
     residual = weight - (codes - grid.zero[:, groups]) * grid.scale[:, groups]
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
-        own = hessian[start:stop, start:stop]
-        gradient = (residual @ hessian[:, start:stop]).T.contiguous()  # [block, out]
         members = groups[start:stop]
-        column_scale, column_zero = grid.scale[:, members].T.contiguous(), grid.zero[:, members].T.contiguous()
-        column_codes = codes[:, start:stop].T.contiguous()
-        power = own.diagonal()
-        for j in range(stop - start):
-            quantized = (column_codes[j] - column_zero[j]) * column_scale[j]
-            code = to_codes(quantized + gradient[j] / power[j], column_scale[j], column_zero[j], max_code)
-            step = (code - column_codes[j]) * column_scale[j]
-            column_codes[j] = code
-            gradient.addr_(own[j], step, alpha=-1)
-        codes[:, start:stop] = column_codes.T
-        residual[:, start:stop] = weight[:, start:stop] - ((column_codes - column_zero) * column_scale).T
+        scale, zero = grid.scale[:, members], grid.zero[:, members]
+        gradient = residual @ hessian[:, start:stop]
+        own = codes[:, start:stop]
+        own.copy_(descend(gradient, hessian[start:stop, start:stop], scale, zero, own, max_code))
+        residual[:, start:stop] = weight[:, start:stop] - (own - zero) * scale
     return codes
