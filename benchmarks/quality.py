@@ -54,6 +54,7 @@ class Peer:
 
 ROWS: dict[str, Ours | Peer] = {
     "ours:rtn": Ours({"method": "rtn"}),
+    "ours:rtn-min-max": Ours({"method": "rtn", "options": {"search": False}}),
     "ours:gptq": Ours({"method": "gptq"}),
     "ours:gptq-gptq-format": Ours({"method": "gptq", "format": "gptq"}),
     "ours:gptq-plain": Ours({"method": "gptq", "options": {"search": False, "refine": 0}}),
