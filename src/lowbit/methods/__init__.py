@@ -2,4 +2,13 @@
 
 from lowbit.core.registry import Registry
 
-METHODS = Registry("method", {"rtn": "lowbit.methods.rtn:METHOD", "gptq": "lowbit.methods.gptq:METHOD"})
+METHODS = Registry(
+    "method",
+    {
+        "rtn": "lowbit.methods.rtn:METHOD",
+        "gptq": "lowbit.methods.gptq:METHOD",
+        "fp8": "lowbit.methods.fp8:METHOD",
+        "fp4": "lowbit.methods.fp4:METHOD",
+        "bnb": "lowbit.methods.bnb:METHOD",
+    },
+)

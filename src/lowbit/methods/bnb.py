@@ -57,4 +57,4 @@ def quantize(
     return Quantized(QTensor(codes, state.absmax.view(weight.shape[0], -1), scheme, extra=extra))
 
 
-METHOD = Method("bnb", BnbOptions, quantize, needs=lambda options: Needs())
+METHOD = Method("bnb", BnbOptions, quantize, needs=lambda options: Needs(), kinds=("nf4", "fp4", "int"))

@@ -18,6 +18,10 @@ from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 
 
+# weights rounded at a time on a CPU
+_CACHED = 2**17
+
+
 @dataclass(frozen=True)
 class RtnOptions:
     """search: look for the grid with the least squared error instead of taking minimum and maximum."""
@@ -40,6 +44,22 @@ def quantize(
     groups = group_of_columns(weight.shape[1], scheme, weight.device)
     codes = to_codes(weight, grid.scale[:, groups], grid.zero[:, groups], scheme.max_code)
     return Quantized(make_qtensor(codes, grid, scheme, scale_dtype))
+
+
+def round_trip(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype = torch.float16) -> Tensor:
+    """weight [out, in] float32 rounded to the plain grid and back: `quantize` without `search`, without making codes.
+
+    For searches that round the same matrix many times: a few rows at a time stay in the cache.
+    """
+    rounded = torch.empty_like(weight)
+    columns = scheme.columns_per_scale(weight.shape[1])
+    rows = len(weight) if weight.is_cuda else max(1, _CACHED // weight.shape[1])
+    for part, result in zip(weight.split(rows), rounded.split(rows), strict=True):
+        grid = min_max_grid(part, scheme, scale_dtype)
+        scale, zero = grid.scale[..., None], grid.zero[..., None]
+        codes = torch.div(part.view(*grid.scale.shape, columns), scale, out=result.view(*grid.scale.shape, columns))
+        codes.add_(zero).round_().clamp_(0, scheme.max_code).sub_(zero).mul_(scale)
+    return rounded
 
 
 def make_qtensor(

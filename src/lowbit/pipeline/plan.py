@@ -78,12 +78,15 @@ class Plan:
     def quantized_bits(self) -> tuple[int, int]:
         """(weights in quantized layers, bits they take with all their metadata)."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
-        stored = sum(
-            spec.nbytes
-            for name, spec in self.layout.items()
-            if name.rpartition(".")[0] in self.layers and not name.endswith(".bias")
-        )
+        stored = sum(spec.nbytes for name, spec in self.layout.items() if self._is_of_quantized_layer(name))
         return weights, 8 * stored
+
+    def _is_of_quantized_layer(self, name: str) -> bool:
+        """Whether a stored tensor holds numbers of a quantized layer; suffixes may have dots (`weight.absmax`)."""
+        path = name
+        while path and path not in self.layers:
+            path = path.rpartition(".")[0]
+        return bool(path) and name != f"{path}.bias"
 
 
 def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:

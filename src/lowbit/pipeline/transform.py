@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowbit.core.contracts import Needs
 from lowbit.core.errors import ArchitectureError
 from lowbit.core.statistics import InputStatistics
-from lowbit.methods import METHODS
+from lowbit.methods.rtn import round_trip
 from lowbit.pipeline.block import BlockJob, watch
 from lowbit.pipeline.plan import LayerPlan
 from lowbit.transforms.scaling import Place, Problem, apply, places, representable, scale_statistics_
@@ -103,11 +103,11 @@ def _matrix(weights: Mapping[str, Tensor], place: Place, name: str) -> Tensor:
 
 def _rounded(job: BlockJob, plan: LayerPlan, weight: Tensor) -> Tensor:
     """A quick rounding to the layer's scheme: integers to the plain grid, whatever the method will do later."""
-    method, options = plan.method, plan.options
-    if plan.scheme.weights is not None and plan.scheme.weights.kind == "int":
-        method = METHODS.get("rtn")
-        options = method.options(search=False)
-    quantized = method.quantize(weight, None, plan.scheme.weights, options, job.scale_dtype(plan))
+    scheme, dtype = plan.scheme.weights, job.scale_dtype(plan)
+    assert scheme is not None
+    if scheme.kind == "int":
+        return round_trip(weight, scheme, dtype)
+    quantized = plan.method.quantize(weight, None, scheme, plan.options, dtype)
     dense: Tensor = quantized.tensor.dequantize()
     return dense
 

@@ -11,6 +11,7 @@ matrix product; `objective="module"` runs the module instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,31 +35,41 @@ class AwqOptions:
 
 def search(problem: Problem, options: AwqOptions) -> Tensor:
     """Scales [channels] float32 with the least predicted output error; ones when nothing is better than them."""
-    best = torch.ones(problem.place.channels, device=problem.weight.device)
-    price = problem.price if options.objective == "module" and problem.price is not None else None
-    columns_of = problem.place.to_columns
-    lowest = torch.inf
-    for scales in candidates(problem, options):
-        columns = columns_of(scales)
-        error = price(columns) if price is not None else output_error(problem, columns)
+    exact = problem.price if options.objective == "module" else None
+
+    def price(scales: Tensor) -> float:
+        columns = problem.place.to_columns(scales)
+        return output_error(problem, columns) if exact is None else exact(columns)
+
+    power, magnitude = input_magnitude(problem), weight_magnitude(problem)
+    best = torch.ones_like(power)
+    lowest = price(best)
+    for duo in {"yes": (True,), "no": (False,), "both": (False, True)}[options.duo]:
+        error, scales = _best_ratio(price, power, magnitude if duo else None, options.grid)
         if error < lowest:
             lowest, best = error, scales
     return best
 
 
-def candidates(problem: Problem, options: AwqOptions) -> list[Tensor]:
-    """The scales of every ratio: ratio 0 of the single form is no scaling, and comes first so that it wins a tie."""
-    power = input_magnitude(problem)
-    magnitude = weight_magnitude(problem)
-    duo = {"yes": (True,), "no": (False,), "both": (False, True)}[options.duo]
-    found = [torch.ones_like(power)]
-    for with_weights in duo:
-        for step in range(options.grid):
-            ratio = step / options.grid
-            scales = power**ratio / (magnitude ** (1 - ratio) + 1e-4) if with_weights else power**ratio
-            if with_weights or step:
-                found.append(normalized(scales))
-    return found
+def scales_of(power: Tensor, magnitude: Tensor | None, ratio: float) -> Tensor:
+    """power^ratio, or with the weights' magnitude power^ratio / magnitude^(1 - ratio), around 1."""
+    return normalized(power**ratio if magnitude is None else power**ratio / (magnitude ** (1 - ratio) + 1e-4))
+
+
+def _best_ratio(
+    price: Callable[[Tensor], float], power: Tensor, magnitude: Tensor | None, grid: int
+) -> tuple[float, Tensor]:
+    """(error, scales) of the best of `grid` ratios in [0, 1). The error is smooth in the ratio, so every fourth is priced
+    first, then those in between around the best."""
+    prices: dict[int, float] = {}
+    for stride in (4, 2, 1):
+        best = min(prices, key=prices.__getitem__) if prices else None
+        steps = range(0, grid, 4) if best is None else (best - stride, best + stride)
+        for step in steps:
+            if 0 <= step < grid and step not in prices:
+                prices[step] = price(scales_of(power, magnitude, step / grid))
+    best = min(prices, key=prices.__getitem__)
+    return prices[best], scales_of(power, magnitude, best / grid)
 
 
 def input_magnitude(problem: Problem) -> Tensor:
@@ -79,8 +90,8 @@ def output_error(problem: Problem, columns: Tensor) -> float:
     """Mean squared change of the layers' outputs, summed over outputs, when `columns` [in] scale the weights."""
     gram = problem.statistics.gram
     assert gram is not None
-    difference = problem.weight - problem.quantize(problem.weight * columns) / columns
-    return ((difference @ gram) * difference).sum().item()
+    difference = problem.quantize(problem.weight * columns).div_(columns).sub_(problem.weight)
+    return torch.dot((difference @ gram).view(-1), difference.view(-1)).item()
 
 
 TRANSFORM = Transform(
