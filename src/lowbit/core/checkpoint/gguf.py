@@ -5,16 +5,15 @@ Names come from gguf-py's TensorNameMap; what llama.cpp's converter changes in t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.core.checkpoint.gguf_header import GgufTensor, read_gguf_header
+from lowbit.core.checkpoint.gguf_header import GgufTensor
+from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import TensorSpec
 from lowbit.core.errors import CheckpointError
 from lowbit.core.skeleton import build_skeleton
@@ -28,13 +27,19 @@ _TRANSPOSED = {"gpt2": (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")}
 
 
 class GgufCheckpoint:
-    """contracts.Checkpoint over one GGUF file; weights come out as float16. Raises CheckpointError."""
+    """contracts.Checkpoint over a GGUF file (of a split model: any of its files). Raises CheckpointError.
 
-    def __init__(self, location: Path) -> None:
-        self.location = location
-        self.header = read_gguf_header(location)
-        self.architecture = str(self.header.metadata.get("general.architecture", ""))
-        self.config = _config(location)
+    config: the model's config.json, where the file was made from a Hugging Face checkpoint that is at hand; else it is
+    worked out from the metadata. dtype: what weights come out in; float16 holds what most files hold, float32 all.
+    """
+
+    def __init__(
+        self, location: Path, config: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float16
+    ) -> None:
+        self.source = GgufSource(location)
+        self.location, self.dtype = self.source.location, dtype
+        self.architecture = self.source.architecture
+        self.config = _config(self.location) if config is None else dict(config)
         self._sources = self._match_names()
 
     @property
@@ -42,14 +47,14 @@ class GgufCheckpoint:
         specs = {}
         for name, source in self._sources.items():
             shape = source.shape[::-1] if self._is_transposed(name) else source.shape
-            specs[name] = TensorSpec(torch.float16, shape)
+            specs[name] = TensorSpec(self.dtype, shape)
         return specs
 
     def read(self, name: str) -> Tensor:
         source = self._sources.get(name)
         if source is None:
             raise CheckpointError(f"{self.location} has no tensor {name!r}")
-        weight = torch.from_numpy(self._dequantize(source))
+        weight = self.source.dense(source.name)
         if self.architecture in _PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             weight = _unpermute(weight, int(self.config[heads]))
@@ -57,27 +62,13 @@ class GgufCheckpoint:
             weight = weight - 1
         if self._is_transposed(name):
             weight = weight.T.contiguous()
-        return weight.to(torch.float16)
+        return weight.to(self.dtype)
 
     def companions(self) -> dict[str, Path]:
         return {}
 
     def identity(self) -> str:
-        stat = self.location.stat()
-        with self.location.open("rb") as stream:
-            head = stream.read(self.header.data_start)
-        return hashlib.sha256(head + f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-
-    def _dequantize(self, source: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        data = np.fromfile(self.location, dtype=np.uint8, count=source.nbytes, offset=source.offset)
-        try:
-            dense = dequantize(data.reshape(*source.shape[:-1], -1), GGMLQuantizationType[source.ggml_type])
-        except NotImplementedError as error:
-            raise CheckpointError(f"{source.name} is stored as {source.ggml_type}, which cannot be read") from error
-        return np.ascontiguousarray(dense, dtype=np.float32).reshape(source.shape)
+        return self.source.identity()
 
     def _is_transposed(self, name: str) -> bool:
         return name.endswith(_TRANSPOSED.get(self.architecture, ("\0",)))
@@ -89,13 +80,12 @@ class GgufCheckpoint:
         arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture), None)
         if not isinstance(arch, MODEL_ARCH):
             raise CheckpointError(f"{self.location.name} has the unknown architecture {self.architecture[:40]!r}")
-        blocks = int(self.header.metadata.get(f"{self.architecture}.block_count", 0))
-        names = get_tensor_name_map(arch, blocks)
+        names = get_tensor_name_map(arch, self.source.number("block_count"))
         sources = {}
         for parameter, _ in build_skeleton(self.config).named_parameters():
             stem, _, suffix = parameter.rpartition(".")
             mapped = names.get_name(stem)
-            source = self.header.tensors.get(f"{mapped}.{suffix}")
+            source = self.source.tensors.get(f"{mapped}.{suffix}")
             if source is not None:
                 sources[parameter] = source
         return sources

@@ -6,7 +6,7 @@ Layout: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little en
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,13 +32,17 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Everything before the data. metadata holds plain Python values; arrays are lists."""
+    """Everything before the data. metadata holds plain Python values; arrays are lists.
+
+    spans: where each key, with its value, lies in the file (start, stop), to be copied as it is.
+    """
 
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
     alignment: int = 32
     data_start: int = 0
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
@@ -66,17 +70,20 @@ class _Parser:
         if tensor_count * 24 + pair_count * 13 > self.size:
             raise self.broken(f"{tensor_count} tensors and {pair_count} keys cannot fit in {self.size} bytes")
         metadata: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(pair_count):
+            start = self.stream.tell()
             key = self.text(limit=_MAX_KEY)
             if key in metadata:
                 raise self.broken(f"key {key[:80]!r} appears twice")
             metadata[key] = self.value(self.number("<I"), 0)
+            spans[key] = (start, self.stream.tell())
         described = [self.describe() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8 or alignment > 2**20:
             raise self.broken(f"alignment {str(alignment)[:40]} is not a multiple of 8")
         data_start = -(-self.stream.tell() // alignment) * alignment
-        return GgufHeader(version, metadata, self.place(described, data_start), alignment, data_start)
+        return GgufHeader(version, metadata, self.place(described, data_start), alignment, data_start, spans)
 
     def describe(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.text(limit=_MAX_KEY)

@@ -1,0 +1,274 @@
+"""Rows of a matrix in ggml blocks, as unknowns of an optimization: all that a block stores can move, one part at a time.
+
+Column-major: [in, out] for weights and levels, [blocks of a row, out] for scales. A weight is
+    q = d * scale_code * level - dmin * min_code
+where a type without integer scales has codes of one, and a type without minimums has dmin = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.kquants.codec import Codec
+from lowbit.methods.kquants.grid import Grid, nearest_level
+
+# what the integer scales of a sub-block can hold
+_SCALE_CODES = {
+    "Q2_K": (0, 15), "Q3_K": (-32, 31), "Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127), "IQ4_XS": (-32, 31),
+}  # fmt: skip
+
+
+class RowsState:
+    """Levels and scales of `out` rows on the way down. target: [in, out] float32."""
+
+    def __init__(self, codec: Codec, grid: Grid, target: Tensor, codes: Tensor | None = None) -> None:
+        self.codec, self.target = codec, target
+        self.levels_table = torch.tensor(codec.levels, dtype=torch.float32, device=target.device)
+        self.float_scale = grid.d.dtype == torch.float32  # MXFP4: a power of two, left as it is
+        self.d = _columns(grid.d)
+        self.dmin = None if grid.dmin is None else _columns(grid.dmin)
+        self.scale_codes = None if grid.scale_codes is None else _columns(grid.scale_codes)
+        self.min_codes = None if grid.min_codes is None else _columns(grid.min_codes)
+        self.block = target.shape[0] // self.d.shape[0]
+        self.sub = self.block if self.scale_codes is None else codec.sub_block
+        # sub-blocks of zeros stay exactly zero, whatever would serve the output better
+        self.empty = target.view(-1, self.sub, target.shape[1]).abs().amax(1) == 0
+        self.levels = torch.zeros_like(target) if codes is None else self.levels_table[codes.T.to(torch.int64)]
+
+    def set_levels(self, levels: Tensor) -> None:
+        self.levels = levels.contiguous()
+
+    def scale_min(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and minimum of every sub-block, [in / sub, out]."""
+        if self.scale_codes is None:
+            return self.d, self.dmin
+        per = self.block // self.sub
+        scale = self.d.repeat_interleave(per, 0) * self.scale_codes
+        if self.dmin is None or self.min_codes is None:
+            return scale, None
+        return scale, self.dmin.repeat_interleave(per, 0) * self.min_codes
+
+    def column_grid(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and minimum of every column, [in, out], columns in the given order."""
+        scale, minimum = self.scale_min()
+        owner = order // self.sub
+        return scale[owner], torch.zeros_like(scale)[owner] if minimum is None else minimum[owner]
+
+    def nearest(self, values: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+        """The level nearest to each value; level 0, or the lowest, where the scale is 0."""
+        shifted = values if minimum is None else values + minimum
+        ratio = torch.where(scale == 0, 0.0, shifted / scale)
+        if self.codec.uniform:
+            return ratio.round_().clamp_(self.codec.levels[0], self.codec.levels[-1])
+        return self.levels_table[nearest_level(ratio, self.codec.levels).to(torch.int64)]
+
+    def dequantize(self) -> Tensor:
+        """[in, out] float32."""
+        scale, minimum = self.scale_min()
+        blocks = self.levels.view(-1, self.sub, self.levels.shape[1]) * scale.unsqueeze(1)
+        if minimum is not None:
+            blocks -= minimum.unsqueeze(1)
+        return blocks.view(self.levels.shape)
+
+    def error(self, hessian: Tensor) -> Tensor:
+        """[out]: r^T H r of every row."""
+        residual = self.target - self.dequantize()
+        return ((hessian @ residual) * residual).sum(0)
+
+    def grid(self) -> Grid:
+        """What the file stores."""
+        return Grid(
+            _rows(self.d, torch.float32 if self.float_scale else torch.float16),
+            None if self.dmin is None else _rows(self.dmin, torch.float16),
+            None if self.scale_codes is None else _rows(self.scale_codes, torch.int16),
+            None if self.min_codes is None else _rows(self.min_codes, torch.int16),
+        )
+
+    def codes(self) -> Tensor:
+        """uint8 [out, in]."""
+        if self.codec.uniform:
+            return (self.levels - self.codec.levels[0]).to(torch.uint8).T.contiguous()
+        return nearest_level(self.levels, self.codec.levels).T.contiguous()
+
+    def sweep(self, hessian: Tensor) -> None:
+        """Move every part once, in place: per block its float scales, then by sub-block the integer scales and codes."""
+        residual = self.target - self.dequantize()
+        for block in range(self.d.shape[0]):
+            span = slice(block * self.block, (block + 1) * self.block)
+            own = hessian[span, span]
+            gradient = hessian[span] @ residual
+            before = self._dequantize_block(block)
+            if not self.float_scale:
+                self._move_floats(block, span, own, gradient)
+            for at in range(span.start, span.stop, self.sub):
+                self._move_sub_block(block, at, own, gradient, at - span.start)
+            residual[span] += before - self._dequantize_block(block)
+
+    def _dequantize_block(self, block: int) -> Tensor:
+        span = slice(block * self.block, (block + 1) * self.block)
+        scale, minimum = self._block_grid(block)
+        levels = self.levels[span].view(-1, self.sub, self.levels.shape[1])
+        values = levels * scale.unsqueeze(1)
+        if minimum is not None:
+            values -= minimum.unsqueeze(1)
+        return values.view(self.block, -1)
+
+    def _block_grid(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and minimum of one block's sub-blocks, [subs, out]."""
+        if self.scale_codes is None:
+            return self.d[block : block + 1], None if self.dmin is None else self.dmin[block : block + 1]
+        per = self.block // self.sub
+        span = slice(block * per, (block + 1) * per)
+        minimum = None
+        if self.dmin is not None and self.min_codes is not None:
+            minimum = self.dmin[block] * self.min_codes[span]
+        return self.d[block] * self.scale_codes[span], minimum
+
+    def _move_floats(self, block: int, span: slice, own: Tensor, gradient: Tensor) -> None:
+        """d and dmin of one block to their best values given all codes; the gradient follows."""
+        levels = self.levels[span]
+        per = self.block // self.sub
+        subs = slice(block * per, (block + 1) * per)
+        along = levels
+        if self.scale_codes is not None:
+            along = levels * self.scale_codes[subs].repeat_interleave(self.sub, 0)
+        across = None
+        if self.dmin is not None:
+            ones = torch.ones_like(levels) if self.min_codes is None else None
+            across = -(ones if ones is not None else self.min_codes[subs].repeat_interleave(self.sub, 0))  # type: ignore[index]
+        pair = _Pair(along, across, own, gradient)
+        step, step_min = pair.solution()
+        d = (self.d[block] + step).half().float()
+        dmin = None if self.dmin is None else (self.dmin[block] + step_min).half().float()
+        moved, moved_min = d - self.d[block], 0.0 if dmin is None or self.dmin is None else dmin - self.dmin[block]
+        usable = torch.isfinite(d) & (d != 0) & (self.d[block] != 0)
+        if dmin is not None:
+            usable &= torch.isfinite(dmin)
+        better = usable & (pair.change(moved, moved_min) < 0)
+        moved = torch.where(better, moved, 0.0)
+        self.d[block] += moved
+        delta = along * moved
+        if self.dmin is not None and across is not None:
+            moved_min = torch.where(better, moved_min, 0.0)
+            self.dmin[block] += moved_min
+            delta += across * moved_min
+        gradient.addmm_(own, delta, alpha=-1)
+
+    def _move_sub_block(self, block: int, at: int, own: Tensor, gradient: Tensor, inside: int) -> None:
+        """Integer scales of one sub-block, then its codes one after the other; the block's gradient follows."""
+        columns = slice(at, at + self.sub)
+        here = slice(inside, inside + self.sub)
+        index = at // self.sub
+        before = self._dequantize_sub(block, index)
+        local = gradient[here].clone()
+        square = own[here, here]
+        if self.scale_codes is not None:
+            self._move_integers(block, index, square, local)
+        scale, minimum = self._sub_grid(block, index)
+        power = square.diagonal()
+        levels = self.levels[columns]
+        for j in range(self.sub):
+            level = levels[j]
+            value = scale * level if minimum is None else scale * level - minimum
+            new = self.nearest(value + local[j] / power[j], scale, minimum)
+            new = torch.where(scale == 0, level, new)
+            if j + 1 < self.sub:
+                local[j + 1 :].addr_(square[j + 1 :, j], (new - level) * scale, alpha=-1)
+            levels[j] = new
+        delta = self._dequantize_sub(block, index) - before
+        rest = slice(inside + self.sub, None)
+        gradient[rest].addmm_(own[rest, here], delta, alpha=-1)
+
+    def _sub_grid(self, block: int, index: int) -> tuple[Tensor, Tensor | None]:
+        if self.scale_codes is None:
+            return self.d[block], None if self.dmin is None else self.dmin[block]
+        minimum = None
+        if self.dmin is not None and self.min_codes is not None:
+            minimum = self.dmin[block] * self.min_codes[index]
+        return self.d[block] * self.scale_codes[index], minimum
+
+    def _dequantize_sub(self, block: int, index: int) -> Tensor:
+        scale, minimum = self._sub_grid(block, index)
+        values = self.levels[index * self.sub : (index + 1) * self.sub] * scale
+        return values if minimum is None else values - minimum
+
+    def _move_integers(self, block: int, index: int, square: Tensor, local: Tensor) -> None:
+        """scale_code and min_code of one sub-block to their best whole numbers given its levels; `local` follows."""
+        assert self.scale_codes is not None
+        low, high = _SCALE_CODES[self.codec.ggml_type]
+        levels = self.levels[index * self.sub : (index + 1) * self.sub]
+        along = levels * self.d[block]
+        across = None
+        if self.dmin is not None and self.min_codes is not None:
+            across = (-self.dmin[block]).expand_as(levels)
+        pair = _Pair(along, across, square, local)
+        step, _ = pair.solution()
+        old = self.scale_codes[index]
+        new = (old + step).round().clamp(low, high)
+        new = torch.where(torch.isfinite(new), new, old)
+        moved = new - old
+        moved_min: Tensor | float = 0.0
+        if self.min_codes is not None:
+            old_min = self.min_codes[index]
+            new_min = (old_min + pair.second(moved)).round().clamp(low, high)
+            moved_min = torch.where(torch.isfinite(new_min), new_min, old_min) - old_min
+        better = (pair.change(moved, moved_min) < 0) & ~self.empty[index] & (new != 0)
+        moved = torch.where(better, moved, 0.0)
+        self.scale_codes[index] += moved
+        delta = along * moved
+        if self.min_codes is not None and across is not None:
+            moved_min = torch.where(better, moved_min, 0.0)
+            self.min_codes[index] += moved_min
+            delta += across * moved_min
+        local.addmm_(square, delta, alpha=-1)
+
+
+class _Pair:
+    """The error as a quadratic in two unknowns a row: q moves by x * along + y * across. All [n, out]."""
+
+    def __init__(self, along: Tensor, across: Tensor | None, hessian: Tensor, gradient: Tensor) -> None:
+        turned = hessian @ along
+        self.pull = (along * gradient).sum(0)
+        self.stiff = (along * turned).sum(0)
+        self.across = across is not None
+        if across is not None:
+            self.pull_across = (across * gradient).sum(0)
+            self.mixed = (across * turned).sum(0)
+            self.stiff_across = (across * (hessian @ across)).sum(0)
+
+    def solution(self) -> tuple[Tensor, Tensor]:
+        """Both unknowns at the minimum; where only one direction exists, that one."""
+        alone = _safe(self.pull, self.stiff)
+        if not self.across:
+            return alone, torch.zeros_like(alone)
+        determinant = self.stiff * self.stiff_across - self.mixed.square()
+        solvable = determinant > 1e-6 * self.stiff * self.stiff_across
+        x = _safe(self.pull * self.stiff_across - self.pull_across * self.mixed, determinant)
+        y = _safe(self.pull_across * self.stiff - self.pull * self.mixed, determinant)
+        only = _safe(self.pull_across, self.stiff_across)
+        both = torch.where(self.stiff > 0, alone, 0.0)
+        return torch.where(solvable, x, both), torch.where(solvable, y, torch.where(self.stiff > 0, 0.0, only))
+
+    def second(self, x: Tensor) -> Tensor:
+        """The best y for a given x."""
+        return _safe(self.pull_across - x * self.mixed, self.stiff_across)
+
+    def change(self, x: Tensor, y: Tensor | float) -> Tensor:
+        """By how much the error grows."""
+        grown = x * (x * self.stiff - 2 * self.pull)
+        if not self.across:
+            return grown
+        return grown + y * (y * self.stiff_across - 2 * self.pull_across + 2 * x * self.mixed)
+
+
+def _safe(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
+
+
+def _columns(grid_part: Tensor) -> Tensor:
+    return grid_part.to(torch.float32).T.contiguous()
+
+
+def _rows(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.T.contiguous().to(dtype)

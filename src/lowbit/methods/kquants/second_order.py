@@ -1,0 +1,111 @@
+"""Second-order rounding onto ggml's grids: smaller layer output errors in the same bytes.
+
+Every row minimizes (w - q) H (w - q)^T, with H the Hessian of the layer's inputs, over everything that its blocks store:
+1. a grid from ggml's own search, told what an error in each column costs (see Curvature.cost);
+2. GPTQ's column loop onto that fixed grid (Frantar et al. 2022), the strongest inputs first;
+3. sweeps of exact coordinate descent: super-block scale and minimum (two unknowns, closed form, rounded to float16),
+   the integer scale and minimum of every sub-block (closed form, rounded), then every code (QuantEase, Behdin et al.
+   2023). Each move is taken only where it lowers the error, so a sweep never makes a row worse.
+The result is a plain block of its type: nothing in a runtime knows of it.
+
+Tensors are column-major in here, [in, out], so that one column of the matrix is contiguous.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.kquants.codec import CODECS, Codec
+from lowbit.methods.kquants.curvature import Curvature
+from lowbit.methods.kquants.grid import Grid
+from lowbit.methods.kquants.rows_state import RowsState
+
+_LAZY = 128
+_CHUNK_ROWS = 1024  # enough work a call, small enough for all cores to have some
+_CUDA_CHUNK_WEIGHTS = 1 << 27
+
+
+@dataclass(frozen=True)
+class SecondOrderOptions:
+    """damping: see factor_gram. sweeps: at most so many; tolerance: stop when one lowers the error by less than this share."""
+
+    damping: float = 0.01
+    sweeps: int = 8
+    tolerance: float = 1e-3
+
+
+def quantize(
+    type_name: str, weights: Tensor, curvature: Curvature, options: SecondOrderOptions | None = None
+) -> tuple[Grid, Tensor]:
+    """Grid and codes (uint8 [out, in]) of ggml type `type_name` for weights [out, in] float32; pack with its codec."""
+    options = options or SecondOrderOptions()
+    codec = CODECS[type_name]
+    if weights.is_cuda:
+        pieces = weights.split(max(1, _CUDA_CHUNK_WEIGHTS // weights.shape[1]))
+        parts = [_quantize_rows(codec, rows, curvature, options) for rows in pieces]
+    else:
+        # rows are independent, and calls on columns too small to be divided: cores take a piece each. How rows are
+        # divided does not depend on the number of cores, so neither do the bytes
+        pieces = weights.chunk(-(-weights.shape[0] // _CHUNK_ROWS))
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(lambda rows: _quantize_rows(codec, rows, curvature, options), pieces))
+    return _join([grid for grid, _ in parts]), torch.cat([codes for _, codes in parts])
+
+
+def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """[out]: (w - q) H (w - q)^T of every row."""
+    residual = weights - quantized
+    return ((residual @ hessian) * residual).sum(1)
+
+
+def _quantize_rows(
+    codec: Codec, weights: Tensor, curvature: Curvature, options: SecondOrderOptions
+) -> tuple[Grid, Tensor]:
+    grid, nearest = codec.choose(weights.contiguous(), curvature.cost)
+    target = weights.T.contiguous()
+    state = RowsState(codec, grid, target)
+    state.set_levels(_round_columns(state, target, curvature))
+    # rows that compensation did not help (few columns matter, or the grid is exact) start from nearest
+    rounded = RowsState(codec, grid, target, nearest)
+    error, plain = state.error(curvature.hessian), rounded.error(curvature.hessian)
+    state.set_levels(torch.where(error <= plain, state.levels, rounded.levels))
+    before = torch.minimum(error, plain).sum()
+    for _ in range(options.sweeps):
+        state.sweep(curvature.hessian)
+        after = state.error(curvature.hessian).sum()
+        if after >= before * (1 - options.tolerance):
+            break
+        before = after
+    return state.grid(), state.codes()
+
+
+def _round_columns(state: RowsState, target: Tensor, curvature: Curvature) -> Tensor:
+    """GPTQ's loop over `target` [in, out] onto the state's grid; levels float32 [in, out]."""
+    order, factor = curvature.order, curvature.factor
+    weight = target[order]
+    scale, minimum = state.column_grid(order)
+    levels = torch.empty_like(weight)
+    for start in range(0, len(order), _LAZY):
+        stop = min(start + _LAZY, len(order))
+        own = factor[start:stop, start:stop]
+        errors = torch.empty_like(weight[start:stop])
+        for j in range(start, stop):
+            levels[j] = state.nearest(weight[j], scale[j], minimum[j])
+            errors[j - start] = (weight[j] - (scale[j] * levels[j] - minimum[j])) / own[j - start, j - start]
+            weight[j + 1 : stop].addr_(own[j - start, j - start + 1 :], errors[j - start], alpha=-1)
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    unordered = torch.empty_like(levels)
+    unordered[order] = levels
+    return unordered
+
+
+def _join(grids: list[Grid]) -> Grid:
+    def cat(name: str) -> Tensor | None:
+        parts = [getattr(grid, name) for grid in grids]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Grid(torch.cat([grid.d for grid in grids]), cat("dmin"), cat("scale_codes"), cat("min_codes"))

@@ -1,0 +1,145 @@
+"""Second-order rounding of a whole model into GGUF, block by block, each fed by the quantized blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.errors import CheckpointError
+from lowbit.core.statistics import InputStatistics
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.kquants import CODECS, decode
+from lowbit.methods.kquants.curvature import Curvature, factor_gram
+from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
+from lowbit.pipeline.block import place_weight
+from lowbit.pipeline.gguf_encode import GgufJob
+from lowbit.pipeline.gguf_names import LinearTensor, row_order
+from lowbit.pipeline.gguf_stream import advance, embedded, statistics_of
+from lowbit.pipeline.run import Streams
+
+
+@dataclass(frozen=True)
+class SecondOrderRun:
+    """A run over all blocks. linears: the layers to round, by module path."""
+
+    job: GgufJob
+    model: StreamedModel
+    linears: Mapping[str, LinearTensor]
+    streams: Streams
+    options: SecondOrderOptions
+
+    def quantize(self, windows: Tensor) -> int:
+        """Round all blocks on calibration token windows [samples, tokens]; returns how many blocks an earlier run had
+        done. All other tensors must have been written before. Raises LowbitError subclasses."""
+        progress, model = self.job.progress, self.model
+        blocks = len(model.blocks)
+        if all(self.job.is_done(linear.tensor) for linear in self.linears.values()):
+            return blocks
+        progress.start("quantize", blocks)
+        resumed = 0
+        states = embedded(model, windows, self.streams, self._embedding())
+        for index in range(blocks):
+            own = {linear.name: linear for linear in self.linears.values() if linear.block == index}
+            finished = all(self.job.is_done(linear.tensor) for linear in own.values())
+            weights = model.read_block(index)
+            with torch.no_grad(), model.block(index, weights) as module:
+                if finished:
+                    resumed += 1
+                    self._restore(module, own, weights)
+                else:
+                    self._do_block(index, module, own, weights, states)
+                if index + 1 < blocks:
+                    advance(model, index, module, states)
+            progress.advance()
+        return resumed
+
+    def _do_block(
+        self,
+        index: int,
+        module: nn.Module,
+        own: Mapping[str, LinearTensor],
+        weights: Mapping[str, Tensor],
+        states: object,
+    ) -> None:
+        errors: dict[str, float | None] = {}
+        for group in self.model.architecture.linears:
+            names = [name for name in group if name in own]
+            if not names:
+                continue
+            self.job.progress.note(f"{self.model.block_path(index)} {', '.join(names)}")
+            statistics = statistics_of(self.model, index, module, names[0], states)  # type: ignore[arg-type]
+            errors.update(self._do_group(module, [own[name] for name in names], weights, statistics))
+        self.job.done(errors)
+
+    def _do_group(
+        self,
+        module: nn.Module,
+        linears: Sequence[LinearTensor],
+        weights: Mapping[str, Tensor],
+        statistics: InputStatistics,
+    ) -> dict[str, float | None]:
+        assert statistics.gram is not None
+        curvature = factor_gram(statistics.gram, self.options.damping)
+        errors: dict[str, float | None] = {}
+        for linear in linears:
+            dense = self.job.source.dense(linear.tensor).to(self.model.device)
+            type_name = self.job.types[linear.tensor]
+            grid, codes = quantize(type_name, dense, curvature, self.options)
+            codec = CODECS[type_name]
+            self.job.writer.write(linear.tensor, codec.pack(grid, codes))
+            rounded = codec.dequantize(grid, codes)
+            errors[linear.tensor] = _relative(dense, rounded, curvature)
+            self._place(module, linear, weights, dense, rounded)
+        return errors
+
+    def _place(
+        self, module: nn.Module, linear: LinearTensor, weights: Mapping[str, Tensor], dense: Tensor, rounded: Tensor
+    ) -> None:
+        """Give the module the rounded weight [out, in], rows back in the order of the checkpoint."""
+        stored = weights[f"{linear.name}.weight"]
+        if self.model.architecture.transposed:
+            stored = stored.T
+        order = row_order(stored, dense)
+        if order is None:
+            raise CheckpointError(
+                f"{linear.tensor} is not {linear.path} with its rows moved: the converter changed its values",
+                hint="--refine imatrix, or none",
+            )
+        ordered = torch.empty_like(rounded)
+        ordered[order.to(rounded.device)] = rounded
+        place_weight(self.model, module, linear.name, ordered)
+
+    def _restore(self, module: nn.Module, own: Mapping[str, LinearTensor], weights: Mapping[str, Tensor]) -> None:
+        """Put what an earlier run wrote into the module."""
+        for linear in own.values():
+            dense = self.job.source.dense(linear.tensor).to(self.model.device)
+            self._place(module, linear, weights, dense, self._written(linear.tensor))
+
+    def _written(self, tensor: str) -> Tensor:
+        from lowbit.core.ggml_types import ggml_type
+
+        rows, columns = self.job.source.tensors[tensor].shape
+        row_bytes = ggml_type(self.job.types[tensor]).row_bytes(columns)
+        data = self.job.writer.read(tensor, rows * row_bytes).view(rows, row_bytes)
+        return decode(self.job.types[tensor], data, columns).to(self.model.device)
+
+    def _embedding(self) -> Tensor | None:
+        """The token embedding as it was written, which is what the first block will really be fed by."""
+        name = "token_embd.weight"
+        tensor = self.job.source.tensors.get(name)
+        if tensor is None or self.job.types[name] == tensor.ggml_type:
+            return None
+        table = self._written(name)
+        return table if tuple(table.shape) == tuple(_embedding_shape(self.model)) else None
+
+
+def _embedding_shape(model: StreamedModel) -> tuple[int, ...]:
+    return tuple(model.skeleton.get_input_embeddings().weight.shape)  # type: ignore[operator]
+
+
+def _relative(weight: Tensor, rounded: Tensor, curvature: Curvature) -> float:
+    total = output_error(weight, torch.zeros_like(weight), curvature.hessian).sum().clamp_min(1e-30)
+    return (output_error(weight, rounded, curvature.hessian).sum() / total).item()

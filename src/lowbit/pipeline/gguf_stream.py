@@ -1,0 +1,128 @@
+"""Calibration text on its way through a model whose weights are being turned into GGUF tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.statistics import InputStatistics
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.run import Streams
+
+Visit = Callable[[str, Tensor], None]  # (module's name in the block, its inputs [batch, tokens, in])
+
+
+def embedded(
+    model: StreamedModel, windows: Tensor, streams: Streams, embedding: Tensor | None = None, copies: int = 1
+) -> Activations:
+    """Hidden states before the first block, of token windows [samples, tokens]; with `embedding` [vocabulary, hidden] in
+    place of the model's own. copies: how many streams of states there will be, to share the memory."""
+    batch = max(1, streams.batch_tokens // windows.shape[1])
+    states: Activations | None = None
+    with torch.no_grad(), model.outside():
+        if embedding is not None:
+            table = model.skeleton.get_input_embeddings()  # type: ignore[operator]
+            table.weight = nn.Parameter(embedding.to(model.device, model.dtype), requires_grad=False)
+        for start in range(0, len(windows), batch):
+            hidden = model.embed(windows[start : start + batch])
+            if states is None:
+                shape = (*windows.shape, hidden.shape[-1])
+                nbytes = shape[0] * shape[1] * shape[2] * model.dtype.itemsize * copies
+                spill = streams.spill if nbytes > streams.max_bytes else None
+                place = model.device if spill is None else torch.device("cpu")
+                states = Activations((shape[0], shape[1], shape[2]), model.dtype, place, batch, spill)
+            states.put(slice(start, start + len(hidden)), hidden)
+    assert states is not None
+    return states
+
+
+def advance(
+    model: StreamedModel,
+    index: int,
+    module: nn.Module,
+    states: Activations,
+    weights: Mapping[str, Tensor] | None = None,
+    visit: Visit | None = None,
+    names: Sequence[str] = (),
+) -> None:
+    """Take the states through a block, in place; with `weights`, through it with those instead of its own. `visit` is
+    told the inputs of the named modules on the way."""
+    with torch.no_grad():
+        for where in states.batches():
+            seen: dict[str, Tensor] = {}
+            with _watched(module, names, seen, leave=False):
+                hidden = model.run_block(index, module, states.get(where, model.device), weights)
+            states.put(where, hidden)
+            for name, inputs in seen.items():
+                if visit is not None:
+                    visit(name, inputs)
+
+
+def statistics_of(
+    model: StreamedModel,
+    index: int,
+    module: nn.Module,
+    name: str,
+    states: Activations,
+    original: tuple[Activations, Mapping[str, Tensor]] | None = None,
+) -> InputStatistics:
+    """Gram matrix and the like of the inputs of one module of the block; the block is left when it is reached.
+
+    original: states and weights of the unquantized model, to compare with.
+    """
+    statistics: InputStatistics | None = None
+    with torch.no_grad():
+        for where in states.batches():
+            inputs = _inputs(model, index, module, name, states.get(where, model.device), None)
+            compared = None
+            if original is not None:
+                hidden = original[0].get(where, model.device)
+                compared = _inputs(model, index, module, name, hidden, original[1])
+            if statistics is None:
+                statistics = InputStatistics(inputs.shape[-1], model.device, cross=original is not None)
+            statistics.add(inputs, compared)
+    assert statistics is not None
+    statistics.finish()
+    return statistics
+
+
+class _Seen(Exception):  # noqa: N818 - control flow, not an error
+    """The watched layer has been reached."""
+
+
+def _inputs(
+    model: StreamedModel,
+    index: int,
+    module: nn.Module,
+    name: str,
+    hidden: Tensor,
+    weights: Mapping[str, Tensor] | None,
+) -> Tensor:
+    seen: dict[str, Tensor] = {}
+    with _watched(module, [name], seen, leave=True), suppress(_Seen):
+        model.run_block(index, module, hidden, weights)
+    return seen[name]
+
+
+@contextmanager
+def _watched(module: nn.Module, names: Sequence[str], seen: dict[str, Tensor], *, leave: bool) -> Iterator[None]:
+    """While it lasts, a run of the block puts the inputs of the named modules into `seen`; `leave` ends it there."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+            if leave:
+                raise _Seen
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
