@@ -19,7 +19,7 @@ from lowbit import __version__
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CalibrationError, OutputError, RecipeError
-from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
+from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
@@ -85,6 +85,10 @@ def quantize(
     """
     settings, progress = settings or Settings(), progress or Silent()
     recipe = (recipe or recipe_for(method)).updated(**changes)
+    if recipe.format == "gguf":
+        from lowbit.api.gguf import quantize_gguf
+
+        return quantize_gguf(model, output=Path(output), recipe=recipe, settings=settings, progress=progress)
     return _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, progress).to(
         Path(output)
     )
@@ -97,7 +101,11 @@ def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None)
 
 
 def recipe_for(method: str) -> Recipe:
-    """The preset of that name, or a plain recipe with that method. Raises RecipeError."""
+    """The preset of that name, a GGUF file type, or a plain recipe with that method. Raises RecipeError."""
+    from lowbit.api.gguf_options import gguf_recipe, is_gguf_method
+
+    if is_gguf_method(method):
+        return gguf_recipe(method)
     if method in METHODS.names():
         from lowbit.recipe import preset_names
 
@@ -125,6 +133,7 @@ class _Run:
         self.plan = make_plan(recipe, self.model)
 
     def to(self, output: Path) -> Result:
+        reset_peak_memory(self.device)
         started = time.monotonic()
         work = _work_directory(output, self.settings.restart)
         windows = self._calibration_windows()
@@ -145,11 +154,11 @@ class _Run:
             sequential=self.recipe.sequential,
         )
         checksums = writer.finish()
-        quantized = time.monotonic()
+        quantized, peak = time.monotonic(), peak_memory_mib(self.device)
         measurement = self._verify(work, report) if self.settings.verify else None
         record = self._record(report, checksums, digest, measurement)
         write_json(work / "lowbit.json", record)
-        cost = self._cost(report, quantized - started, time.monotonic() - quantized)
+        cost = self._cost(report, quantized - started, time.monotonic() - quantized, peak)
         write_json(work / "lowbit-run.json", cost)
         with output_errors(work):
             (work / "README.md").write_text(model_card(record))
@@ -270,12 +279,14 @@ class _Run:
             "verification": measurement.to_dict() if measurement else None,
         }
 
-    def _cost(self, report: RunReport, seconds: float, verification: float) -> dict[str, Any]:
+    def _cost(
+        self, report: RunReport, seconds: float, verification: float, peak: Mapping[str, float]
+    ) -> dict[str, Any]:
         return {
             "seconds": round(seconds, 2),
             "verification_seconds": round(verification, 2),
             "resumed_blocks": report.resumed_blocks,
-            "peak_memory_mib": {name: round(value, 1) for name, value in peak_memory_mib(self.device).items()},
+            "peak_memory_mib": {name: round(value, 1) for name, value in peak.items()},
             "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -285,7 +296,7 @@ def _work_directory(output: Path, restart: bool) -> Path:
     """Where the artifact grows, beside its final place. Raises OutputError when that is taken."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} exists already", hint="choose another -o, or remove it first")
-    work = output.with_name(f".{output.name}.unfinished")
+    work = output.absolute().with_name(f".{output.absolute().name}.unfinished")
     if restart and work.exists():
         with output_errors(work):
             shutil.rmtree(work)

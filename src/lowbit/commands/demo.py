@@ -39,6 +39,7 @@ def demo(
     print(f"model: {model.name}, 135 million weights, read straight from GGUF")
     with listener(quiet=quiet) as progress:
         rows = [_quantize(model, output / method, method, num_samples, progress) for method in _METHODS]
+    rows.insert(0, _base_row(rows[0]))
     print_table(
         rows, title="4 bits in groups of 64, against the model they came from, on text they were not calibrated on"
     )
@@ -75,10 +76,20 @@ def _quantize(model: Path, output: Path, method: str, num_samples: int, progress
     return row(method, result.record, result.run, result.measurement)
 
 
+def _base_row(measured: dict[str, Any]) -> dict[str, Any]:
+    """The unquantized model, in 16 bits, as a line to compare with."""
+    unknown = {"perplexity_error": None, "kl": None, "top1": None, "seconds": None, "peak_mib": None}
+    mib = measured["mib"] * measured["compression"]
+    base = {"method": "the model itself, fp16", "bits_per_weight": 16.0, "mib": mib, "compression": 1.0}
+    return {**measured, **base, **unknown, "perplexity": measured["base_perplexity"]}
+
+
 def _answer(artifact: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     model = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
     chat = [{"role": "user", "content": _QUESTION}]

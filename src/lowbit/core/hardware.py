@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from pathlib import Path
 
 import torch
 
@@ -29,9 +31,25 @@ def calibration_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to watch afresh, so that the peak is that of what comes now (Linux; elsewhere it is the process's)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
-    """Peak resident memory of this process and, on a GPU, peak allocated memory, in MiB."""
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    """Peak resident memory of this process and, on a GPU, peak allocated memory, in MiB, since `reset_peak_memory`."""
+    peak = {"resident": _resident_peak_kib() / 1024}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device) / 2**20
     return peak
+
+
+def _resident_peak_kib() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -44,7 +44,8 @@ def cells(values: Mapping[str, Any]) -> list[str]:
     def with_error(value: str, error: str, digits: int) -> str:
         if values[value] is None:
             return "-"
-        return f"{values[value]:.{digits}f} ± {values[error]:.{digits}f}"
+        spread = "" if values[error] is None else f" ± {values[error]:.{digits}f}"
+        return f"{values[value]:.{digits}f}{spread}"
 
     def plain(name: str, layout: str) -> str:
         return "-" if values[name] is None else format(values[name], layout)
