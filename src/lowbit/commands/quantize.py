@@ -60,6 +60,21 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A method's option.")
     ] = None,
+    refine: Annotated[str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="GGUF: an importance matrix made before.")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: one type for all, no mixture.")] = False,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="GGUF: output.weight as it is.")
+    ] = False,
+    output_tensor_type: Annotated[str | None, typer.Option(help="GGUF: type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: type of token_embd.weight.")] = None,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=TYPE", help="GGUF: type of tensors that match; repeatable.")
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="GGUF: take a file that is quantized already.")
+    ] = False,
+    max_shard_size: Annotated[str | None, typer.Option(help="GGUF: split into files of at most this: 4GB.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe in YAML; flags above override it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="For calibration states before they go to disk: 2GiB.")] = None,
@@ -90,7 +105,18 @@ def quantize(
     options = _options(option or [])
     if act_order or desc_act:
         options["act_order"] = "desc" if desc_act else act_order
-    chosen = _recipe(recipe, method).updated(
+    options |= _gguf_options(
+        refine=refine,
+        imatrix=None if imatrix is None else str(imatrix),
+        pure=pure or None,
+        leave_output_tensor=leave_output_tensor or None,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        tensor_type=tensor_type or None,
+        allow_requantize=allow_requantize or None,
+        max_shard_size=_bytes(max_shard_size),
+    )
+    chosen = _recipe(recipe, method, output).updated(
         bits=bits,
         group_size=_group_size(group_size),
         symmetric=sym,
@@ -126,10 +152,18 @@ def quantize(
     _print_result(result)
 
 
-def _recipe(file: Path | None, method: str | None) -> Recipe:
+def _gguf_options(**given: Any) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _recipe(file: Path | None, method: str | None, output: Path | None) -> Recipe:
     from lowbit.api.quantize import recipe_for
     from lowbit.recipe import Recipe
 
+    if file is None and method is not None and output is not None and output.suffix == ".gguf":
+        from lowbit.api.gguf_options import gguf_recipe
+
+        return gguf_recipe(method)
     if file is None:
         return recipe_for(method or "gptq")
     recipe = Recipe.load(file)

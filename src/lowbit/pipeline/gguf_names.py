@@ -49,7 +49,8 @@ def linear_tensors(model: StreamedModel, source: GgufSource) -> dict[str, Linear
         for name in (name for group in model.architecture.linears for name in group):
             path = f"{model.block_path(index)}.{name}"
             tensor = f"{names.get_name(path)}.weight"
-            shape = tuple(block.get_submodule(name).weight.shape)
+            weight = block.get_submodule(name).get_parameter("weight")
+            shape = tuple(weight.shape)
             expected = shape[::-1] if model.architecture.transposed else shape
             if tensor in source.tensors and source.tensors[tensor].shape == expected:
                 found[path] = LinearTensor(path, name, tensor, index)

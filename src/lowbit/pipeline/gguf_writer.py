@@ -27,7 +27,7 @@ class GgufWriter:
     def write(self, name: str, data: Tensor) -> None:
         """Put a tensor's bytes, uint8 of any shape, in their place."""
         file, position = self._places[name]
-        view = memoryview(data.detach().cpu().contiguous().view(-1).numpy())
+        view = memoryview(data.detach().cpu().contiguous().view(-1).numpy().data)
         with output_errors(file), file.open("r+b", buffering=0) as stream:
             done = 0
             while done < len(view):

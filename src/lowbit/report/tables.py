@@ -30,6 +30,8 @@ def row(
 def method_name(record: Mapping[str, Any]) -> str:
     """ "gptq 4-bit g64", "rtn 8-bit channel asym", "cast float16": the recipe's method and the numbers of most layers."""
     recipe = record["recipe"]
+    if recipe["format"] == "gguf":
+        return str(recipe["method"])
     weights = [layer["scheme"]["weights"] for layer in record["layers"].values()]
     if not weights:
         return f"{recipe['method']} {recipe['dtype']}".removesuffix(" auto")

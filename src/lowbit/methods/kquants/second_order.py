@@ -45,12 +45,12 @@ def quantize(
     options = options or SecondOrderOptions()
     codec = CODECS[type_name]
     if weights.is_cuda:
-        pieces = weights.split(max(1, _CUDA_CHUNK_WEIGHTS // weights.shape[1]))
+        pieces = torch.split(weights, max(1, _CUDA_CHUNK_WEIGHTS // weights.shape[1]))
         parts = [_quantize_rows(codec, rows, curvature, options) for rows in pieces]
     else:
         # rows are independent, and calls on columns too small to be divided: cores take a piece each. How rows are
         # divided does not depend on the number of cores, so neither do the bytes
-        pieces = weights.chunk(-(-weights.shape[0] // _CHUNK_ROWS))
+        pieces = torch.chunk(weights, -(-weights.shape[0] // _CHUNK_ROWS))
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = list(pool.map(lambda rows: _quantize_rows(codec, rows, curvature, options), pieces))
     return _join([grid for grid, _ in parts]), torch.cat([codes for _, codes in parts])

@@ -1,0 +1,283 @@
+"""Checkpoint + GGUF recipe -> one verified .gguf file (or a split one) that llama.cpp loads, with its record beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
+from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
+from lowbit.api.gguf_source import converted, drop_converted, opened
+from lowbit.api.quantize import Result, Settings
+from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.checkpoint.gguf import GgufCheckpoint
+from lowbit.core.checkpoint.gguf_source import GgufSource
+from lowbit.core.contracts import Checkpoint
+from lowbit.core.errors import CalibrationError, OutputError
+from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
+from lowbit.core.progress import Progress
+from lowbit.core.scheme import DTYPES
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.text import first_windows, token_windows, windows_digest
+from lowbit.core.tokenizer import load_tokenizer
+from lowbit.evals.divergence import Measurement, measure
+from lowbit.evals.verify import check
+from lowbit.formats.gguf import PlannedTensor, copied_pairs, lay_out
+from lowbit.formats.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from lowbit.methods.kquants.codec import CODECS
+from lowbit.methods.kquants.policy import ModelInfo, TensorInfo, tensor_types
+from lowbit.methods.kquants.second_order import SecondOrderOptions
+from lowbit.pipeline.gguf_encode import GgufJob, encode_tensors
+from lowbit.pipeline.gguf_names import LinearTensor, linear_tensors
+from lowbit.pipeline.gguf_second_order import SecondOrderRun
+from lowbit.pipeline.gguf_statistics import importance_matrix
+from lowbit.pipeline.gguf_writer import GgufWriter
+from lowbit.pipeline.journal import Journal
+from lowbit.pipeline.run import Streams
+from lowbit.pipeline.writer import output_errors, sha256_of, write_json
+from lowbit.recipe import Recipe
+
+VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
+_IMATRIX = "imatrix.gguf"
+
+
+def quantize_gguf(model: str | Path, *, output: Path, recipe: Recipe, settings: Settings, progress: Progress) -> Result:
+    """Quantize a checkpoint, or an unquantized GGUF file, into the file `output`.
+
+    Beside it go NAME.lowbit.json (the record), NAME.card.md and NAME.Modelfile, and with an importance matrix made here
+    NAME.imatrix.gguf. Run again after a crash it continues. Raises LowbitError subclasses; nothing half-written is left.
+    """
+    return _GgufRun(model, output, recipe, settings, progress).run()
+
+
+class _GgufRun:
+    def __init__(self, model: str | Path, output: Path, recipe: Recipe, settings: Settings, progress: Progress) -> None:
+        if output.suffix != ".gguf":
+            raise OutputError(f"a GGUF file is named *.gguf, not {output.name}", hint=f"-o {output}.gguf")
+        self.name, self.output, self.recipe = str(model), output, recipe
+        self.settings, self.progress = settings, progress
+        self.options: GgufOptions = gguf_options(recipe)
+        self.device = pick_device(settings.device)
+        self.from_gguf = Path(model).suffix == ".gguf"
+        # a GGUF input that is only to be encoded need not be of a family that transformers knows
+        self._checkpoint = None if self.from_gguf else open_checkpoint(model, revision=settings.revision)
+        taken = [output.with_name(name) for name in companion_names(output.name) if output.with_name(name).exists()]
+        if taken:
+            raise OutputError(f"{taken[0]} exists already", hint="choose another -o, or remove it first")
+
+    def run(self) -> Result:
+        started = time.monotonic()
+        work = self._work_directory()
+        if self.from_gguf:
+            source = opened(Path(self.name), allow_requantize=self.options.allow_requantize)
+        else:
+            source = converted(self.checkpoint, work, self.progress)
+        windows = self._calibration_windows()
+        digest = None if windows is None else windows_digest(windows)
+        journal = Journal(work, self._inputs(source, digest))
+        model = self._model() if windows is not None else None
+        linears = linear_tensors(model, source) if model is not None else {}
+        matrix = self._importance(work, model, linears, windows)
+        types = self._types(source)
+        keys = provenance(self.recipe, self.name, self._identity(source), digest, matrix, len(linears), windows)
+        files = lay_out(
+            self.output.name,
+            copied_pairs(source.location, source.header, list(keys)) | keys,
+            [PlannedTensor(name, source.tensors[name].shape, kind) for name, kind in types.items()],
+            alignment=source.header.alignment,
+            max_shard=self.options.max_shard_size,
+        )
+        writer = GgufWriter(work, files)
+        job = GgufJob(source, types, writer, journal, self.device, self.progress)
+        resumed = self._encode(job, matrix, model, linears, windows, work)
+        checksums = writer.finish()
+        quantized = time.monotonic()
+        measurement = self._verify(work / files[0].name, job) if self.settings.verify else None
+        record = gguf_record(self.recipe, self.name, self._identity(source), job, checksums, digest, measurement)
+        record["versions"] = {"torch": torch.__version__, "compute": self._compute()}
+        cost = {
+            "seconds": round(quantized - started, 2),
+            "verification_seconds": round(time.monotonic() - quantized, 2),
+            "resumed_blocks": resumed,
+            "peak_memory_mib": {name: round(value, 1) for name, value in peak_memory_mib(self.device).items()},
+            "threads": torch.get_num_threads(),
+        }
+        self._publish(work, record, cost, [file.name for file in files])
+        return Result(self.output.with_name(files[0].name), record, cost)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model under Hugging Face names."""
+        if self._checkpoint is None:
+            self._checkpoint = open_checkpoint(self.name, revision=self.settings.revision)
+        return self._checkpoint
+
+    def _work_directory(self) -> Path:
+        work = self.output.with_name(f".{self.output.name}.unfinished")
+        with output_errors(work):
+            if self.settings.restart and work.exists():
+                shutil.rmtree(work)
+            work.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def _encode(
+        self,
+        job: GgufJob,
+        matrix: ImportanceMatrix | None,
+        model: StreamedModel | None,
+        linears: Mapping[str, LinearTensor],
+        windows: Tensor | None,
+        work: Path,
+    ) -> int:
+        """Write all tensors; returns how many blocks of second-order rounding an earlier run had done."""
+        if self.options.refine != "hessian" or model is None or windows is None:
+            encode_tensors(job, list(job.types), matrix.tensors if matrix else None)
+            return 0
+        rounded = {path: linear for path, linear in linears.items() if job.types[linear.tensor] in CODECS}
+        tensors = {linear.tensor for linear in rounded.values()}
+        encode_tensors(job, [name for name in job.types if name not in tensors])
+        left = [n for n, kind in job.types.items() if n not in tensors and kind in CODECS and n.startswith("blk.")]
+        if left:
+            self.progress.warn(
+                f"{len(left)} tensors are no single linear layer and were rounded plainly: {left[0]} ..."
+            )
+        options = SecondOrderOptions(damping=self.options.damping, sweeps=self.options.sweeps)
+        return SecondOrderRun(job, model, rounded, self._streams(work), options).quantize(windows)
+
+    def _types(self, source: GgufSource) -> dict[str, str]:
+        tensors = [TensorInfo(name, tensor.shape, tensor.ggml_type) for name, tensor in source.tensors.items()]
+        info = ModelInfo(
+            source.architecture,
+            source.number("block_count"),
+            source.number("attention.head_count"),
+            source.number("attention.head_count_kv", source.number("attention.head_count")),
+            source.number("expert_count"),
+        )
+        policy = self.options.policy(has_imatrix=self.options.refine != "none")
+        return tensor_types(self.recipe.method, tensors, info, policy)
+
+    def _importance(
+        self,
+        work: Path,
+        model: StreamedModel | None,
+        linears: Mapping[str, LinearTensor],
+        windows: Tensor | None,
+    ) -> ImportanceMatrix | None:
+        if self.options.refine != "imatrix":
+            return None
+        if self.options.imatrix:
+            return read_imatrix(Path(self.options.imatrix))
+        file = work / _IMATRIX
+        if not file.is_file():
+            assert model is not None
+            assert windows is not None
+            dataset = self.recipe.calibration.dataset
+            made = importance_matrix(model, linears, windows, dataset, self._streams(work), self.progress)
+            with output_errors(file):
+                write_imatrix(file, made)
+        return read_imatrix(file)
+
+    def _model(self) -> StreamedModel:
+        stored = DTYPES.get(str(self.checkpoint.config.get("dtype")), torch.bfloat16)
+        return StreamedModel(self.checkpoint, self.device, calibration_dtype(self.device, stored))
+
+    def _calibration_windows(self) -> Tensor | None:
+        wanted = self.recipe.calibration
+        if self.options.refine == "none" or self.options.imatrix or wanted.dataset == NO_TEXT:
+            return None
+        if wanted.dataset == "self":
+            from lowbit.pipeline.self_sampling import sample_windows
+
+            return sample_windows(
+                self.checkpoint, self.device, wanted.num_samples, wanted.seq_len, wanted.seed, self.progress
+            )
+        tokenizer = load_tokenizer(self.checkpoint)
+        return token_windows(wanted.dataset, tokenizer, wanted.num_samples, wanted.seq_len, wanted.seed)
+
+    def _inputs(self, source: GgufSource, digest: str | None) -> dict[str, Any]:
+        """Everything that decides the bytes of the file."""
+        imatrix = self.options.imatrix
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "checkpoint": self._identity(source),
+            "calibration": digest,
+            "imatrix": sha256_of(Path(imatrix)) if imatrix else None,
+            "lowbit": __version__,
+            "torch": torch.__version__,
+            "compute": self._compute(),
+        }
+
+    def _identity(self, source: GgufSource) -> str:
+        return source.identity() if self.from_gguf else self.checkpoint.identity()
+
+    def _compute(self) -> str:
+        return f"{self.device.type} {calibration_dtype(self.device, torch.float16)}"
+
+    def _streams(self, work: Path) -> Streams:
+        import psutil
+
+        on_cpu = self.device.type == "cpu"
+        free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
+        return Streams(4096 if on_cpu else 32768, self.settings.max_memory or free // 3, work)
+
+    def _verify(self, file: Path, job: GgufJob) -> Measurement:
+        """Measure the finished file against its base on text that calibration did not see."""
+        candidate = GgufCheckpoint(file, self.checkpoint.config, torch.float32)
+        windows = _held_out(self.recipe, load_tokenizer(self.checkpoint))
+        measurement = measure(
+            StreamedModel(candidate, self.device, torch.float32),
+            windows,
+            self.progress,
+            base=StreamedModel(self.checkpoint, self.device, torch.float32),
+        )
+        check(measurement, job.errors(), self.settings.max_kl)
+        return measurement
+
+    def _publish(self, work: Path, record: dict[str, Any], cost: dict[str, Any], names: list[str]) -> None:
+        """Give everything its final name; the model file last, so that it is only there with all that belongs to it."""
+        place = self.output.parent
+        write_companions(work, self.output.name, names[0], record)
+        stem = self.output.name.removesuffix(".gguf")
+        write_json(work / f"{stem}.lowbit.json", record | {"run": cost})
+        with output_errors(place):
+            if (work / _IMATRIX).is_file():
+                os.replace(work / _IMATRIX, place / f"{stem}.imatrix.gguf")
+            for name in [f"{stem}.lowbit.json", f"{stem}.card.md", f"{stem}.Modelfile", *reversed(names)]:
+                os.replace(work / name, place / name)
+            drop_converted(work)
+            shutil.rmtree(work)
+
+
+def _held_out(recipe: Recipe, tokenizer: Any) -> Tensor:
+    wanted = recipe.calibration
+    if "pydoc" in wanted.dataset.split("+"):
+        try:
+            count = wanted.num_samples + VERIFY_WINDOWS
+            every = token_windows(wanted.dataset, tokenizer, count, wanted.seq_len, wanted.seed)
+            return every[wanted.num_samples :, :VERIFY_CONTEXT]
+        except CalibrationError:
+            pass
+    return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
+
+
+def read_gguf_record(file: Path) -> dict[str, Any] | None:
+    """The record beside a GGUF file (of a split one, of any of its parts), or None."""
+    stem = file.name.removesuffix(".gguf")
+    names = [f"{stem}.lowbit.json"]
+    if "-of-" in stem:
+        names.append(f"{stem.rsplit('-', 3)[0]}.lowbit.json")
+    for name in names:
+        record = file.with_name(name)
+        if record.is_file():
+            content: dict[str, Any] = json.loads(record.read_text())
+            return content
+    return None

@@ -1,0 +1,98 @@
+"""What `--method q4_k_m` and its like mean: a recipe of format gguf, and its options checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from lowbit.core.errors import RecipeError, did_you_mean
+from lowbit.core.ggml_types import FILE_TYPE_ALIASES, FILE_TYPES, file_type
+from lowbit.methods.kquants.policy import PolicyOptions, parse_tensor_type
+from lowbit.recipe import Recipe
+
+Refine = Literal["none", "imatrix", "hessian"]
+NO_TEXT = "none"
+_REFINES = ("none", "imatrix", "hessian")
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """Options of a GGUF recipe.
+
+    refine: "none" encodes as llama-quantize does without statistics, "imatrix" with an importance matrix, "hessian" rounds
+    to second order; by default hessian when calibration text is given, imatrix when an `imatrix` file is, else none.
+    imatrix: an importance matrix of llama-imatrix or lowbit, instead of calibration.
+    pure, leave_output_tensor, output_tensor_type, token_embedding_type, tensor_type (PATTERN=TYPE): as in llama-quantize.
+    allow_requantize: take a GGUF file that is quantized already.
+    max_shard_size: bytes of data in one file; larger models are split.
+    damping, sweeps: of second-order rounding, see SecondOrderOptions.
+    """
+
+    refine: Refine | None = None
+    imatrix: str | None = None
+    pure: bool = False
+    leave_output_tensor: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    tensor_type: tuple[str, ...] = ()
+    allow_requantize: bool = False
+    max_shard_size: int | None = None
+    damping: float = 0.01
+    sweeps: int = 6
+
+    def policy(self, *, has_imatrix: bool) -> PolicyOptions:
+        """As the type policy has it. Raises FormatError for a malformed PATTERN=TYPE."""
+        return PolicyOptions(
+            self.pure,
+            self.leave_output_tensor,
+            self.output_tensor_type,
+            self.token_embedding_type,
+            tuple(parse_tensor_type(argument) for argument in self.tensor_type),
+            has_imatrix,
+        )
+
+
+def is_gguf_method(method: str) -> bool:
+    """Whether a method names a llama.cpp file type ("q4_k_m"); bf16 and f32 mean safetensors unless GGUF is asked for."""
+    return FILE_TYPE_ALIASES.get(method.upper(), method.upper()) in FILE_TYPES and method.lower() not in ("bf16", "f32")
+
+
+def gguf_recipe(method: str) -> Recipe:
+    """The recipe of a file type: no calibration unless text is named. Raises FormatError for an unknown type."""
+    name = file_type({"fp16": "f16"}.get(method.lower(), method)).name.lower()
+    return Recipe.parse({"method": name, "format": "gguf", "ignore": (), "calibration": {"dataset": NO_TEXT}})
+
+
+def gguf_options(recipe: Recipe) -> GgufOptions:
+    """The recipe's options with `refine` decided. Raises RecipeError for unknown ones and for contradictions."""
+    known = [field.name for field in fields(GgufOptions)]
+    for name in recipe.options:
+        if name not in known:
+            raise RecipeError(
+                f"a GGUF recipe has no option {name!r}{did_you_mean(name, known)}",
+                hint=f"its options are {', '.join(known)}",
+            )
+    given: dict[str, Any] = dict(recipe.options)
+    given["tensor_type"] = tuple(given.get("tensor_type") or ())
+    text = recipe.calibration.dataset != NO_TEXT
+    if given.get("refine") is None:
+        given["refine"] = "hessian" if text else "imatrix" if given.get("imatrix") else "none"
+    _refuse_contradictions(given, text)
+    return GgufOptions(**given)
+
+
+def _refuse_contradictions(given: dict[str, Any], text: bool) -> None:
+    refine = given["refine"]
+    if refine not in _REFINES:
+        raise RecipeError(f"refine {refine!r} is unknown{did_you_mean(str(refine), _REFINES)}", hint="--refine hessian")
+    if refine == "hessian" and not text:
+        raise RecipeError("second-order rounding needs calibration text", hint="--dataset wikitext, pydoc or a file")
+    if refine == "imatrix" and not text and not given.get("imatrix"):
+        raise RecipeError("no importance matrix and no text to make one of", hint="--imatrix FILE, or --dataset TEXT")
+    if given.get("imatrix") and refine != "imatrix":
+        raise RecipeError(
+            f"an importance matrix is of no use to --refine {refine}", hint="--refine imatrix, or leave --imatrix out"
+        )
+    if given.get("imatrix") and not Path(given["imatrix"]).is_file():
+        raise RecipeError(f"importance matrix {given['imatrix']} does not exist")
