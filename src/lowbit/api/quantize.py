@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CalibrationError, OutputError, RecipeError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
@@ -123,6 +124,8 @@ class _Run:
         self.settings, self.progress = settings, progress
         self.device = pick_device(settings.device)
         self.source = open_artifact(checkpoint)
+        if self.device.type == "cuda":
+            self.source = Prefetching(self.source)
         stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
         self.model = StreamedModel(self.source, self.device, calibration_dtype(self.device, stored))
         if not self.model.known:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.architectures import Architecture, known_architecture, unknown_architecture
+from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CheckpointError
 from lowbit.core.skeleton import build_skeleton
@@ -56,7 +57,12 @@ class StreamedModel:
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Weights of one block as stored, on the device, by their names within the block. Raises CheckpointError."""
         path = self.block_path(index)
-        return {name: self._read(f"{path}.{name}") for name, _ in self.blocks[index].named_parameters()}
+        names = [name for name, _ in self.blocks[index].named_parameters()]
+        weights = {name: self._read(f"{path}.{name}") for name in names}
+        if isinstance(self.checkpoint, Prefetching) and index + 1 < len(self.blocks):
+            following = f"{self.block_path(index + 1)}."
+            self.checkpoint.announce(stored for name, stored in self._stored.items() if name.startswith(following))
+        return weights
 
     @contextmanager
     def block(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -146,13 +152,13 @@ class StreamedModel:
             setattr(parent, attribute, self.blocks)
 
     def _read(self, parameter: str) -> Tensor:
-        tensor = self.checkpoint.read(self._stored[parameter])
+        tensor = self.checkpoint.read(self._stored[parameter]).to(self.device)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"tensor {self._stored[parameter]!r} holds NaN or infinity: the checkpoint is damaged",
                 hint="download it again, or take another checkpoint",
             )
-        return tensor.to(self.device)
+        return tensor
 
 
 class _Recorded(Exception):  # noqa: N818 - control flow, not an error

@@ -61,7 +61,7 @@ def run(
     windows: [samples, tokens] calibration tokens, None when no method needs any. Raises LowbitError subclasses.
     """
     started = time.monotonic()
-    total = len(model.blocks)
+    total, resumed = len(model.blocks), len(journal.blocks)
     progress.start("quantize", total)
     if 0 not in journal.blocks:
         _write_outside(plan, model, writer)
@@ -76,7 +76,7 @@ def run(
         else:
             _do_block(plan, model, index, writer, journal, arriving, original, progress, sequential)
         progress.advance()
-    return _report(journal, time.monotonic() - started, finished.replayed)
+    return _report(journal, time.monotonic() - started, resumed)
 
 
 def _do_block(
@@ -204,11 +204,9 @@ class _Finished:
     def __init__(self, directory: Path, plan: Plan, model: StreamedModel) -> None:
         self.model, self.plan = model, plan
         self.directory = directory
-        self.replayed = 0
 
     def fill(self, index: int, module: torch.nn.Module) -> None:
         """Put the weights of a finished block into its module: the quantized ones, and what transforms made of others."""
-        self.replayed += 1
         checkpoint = open_artifact(SafetensorsCheckpoint(self.directory))
         if not isinstance(checkpoint, ArtifactCheckpoint):
             return
@@ -235,8 +233,8 @@ def _replay_finished(
         _replay(model, index, module, arriving, None)
 
 
-def _report(journal: Journal, seconds: float, replayed: int) -> RunReport:
-    report = RunReport(seconds=seconds, resumed_blocks=replayed)
+def _report(journal: Journal, seconds: float, resumed: int) -> RunReport:
+    report = RunReport(seconds=seconds, resumed_blocks=resumed)
     for index in sorted(journal.blocks):
         line: dict[str, Any] = journal.blocks[index]
         report.errors.update(line["errors"])
