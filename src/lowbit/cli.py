@@ -15,9 +15,11 @@ import typer
 
 from lowbit.commands import env, recipe
 from lowbit.commands.compare import compare
+from lowbit.commands.convert import convert
 from lowbit.commands.demo import demo
 from lowbit.commands.evaluate import evaluate
 from lowbit.commands.inspect import inspect
+from lowbit.commands.methods import methods
 from lowbit.commands.quantize import quantize
 from lowbit.core.errors import LowbitError
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quantize, evaluate, compare, inspect, demo):
+for verb in (quantize, evaluate, compare, inspect, convert, methods, demo):
     app.command()(verb)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(env.app, name="env")

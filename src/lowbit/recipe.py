@@ -81,7 +81,7 @@ class Recipe(_Strict):
     sequential: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
 
     @field_validator("transforms", mode="before")
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,3 +48,29 @@ def show(
     print(
         json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.yaml(), end="\n" if as_json else ""
     )
+
+
+@app.command("import")
+def import_recipe(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A recipe of another tool, or a ModelOpt qformat name.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it here.")] = None,
+) -> None:
+    """Turn another tool's recipe into ours, and say what has no counterpart.
+
+    AutoGPTQ's quantize_config.json, AutoAWQ's quant_config, llm-compressor's recipe.yaml, a config.json with a
+    quantization_config of these, or a ModelOpt qformat such as int4_awq.
+
+    Example: lowbit recipe import quantize_config.json > recipe.yaml
+    """
+    from lowbit.api.recipe_import import import_recipe as run
+
+    imported = run(source)
+    for note in imported.notes:
+        print(f"note: {note}", file=sys.stderr)
+    text = f"# from {imported.tool}\n{imported.recipe.yaml()}"
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.errors import RecipeError
+from lowbit.core.primitives import stored_scale
 from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
@@ -39,6 +40,10 @@ def quantize(
     if scheme.kind == "int":
         codes, largest, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         scale = (largest.float() / 127).unsqueeze(1)
+        if scale_dtype != torch.float32:  # another format's 16 bit scales: round to nearest for what they can hold
+            scale = stored_scale(scale, scale_dtype)
+            codes = torch.round(weight / scale).clamp_(-127, 127)
+            scale = scale.to(scale_dtype)
         return Quantized(QTensor((codes.to(torch.int16) + 128).to(torch.uint8), scale, scheme))
     if scheme.kind not in ("nf4", "fp4"):
         raise RecipeError(f"method 'bnb' makes nf4, fp4 and int8, not {scheme.kind}", hint="use method rtn or gptq")

@@ -17,7 +17,6 @@ from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 
-
 # weights rounded at a time on a CPU
 _CACHED = 2**17
 
@@ -54,7 +53,7 @@ def round_trip(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype = 
     rounded = torch.empty_like(weight)
     columns = scheme.columns_per_scale(weight.shape[1])
     rows = len(weight) if weight.is_cuda else max(1, _CACHED // weight.shape[1])
-    for part, result in zip(weight.split(rows), rounded.split(rows), strict=True):
+    for part, result in zip(torch.split(weight, rows), torch.split(rounded, rows), strict=True):
         grid = min_max_grid(part, scheme, scale_dtype)
         scale, zero = grid.scale[..., None], grid.zero[..., None]
         codes = torch.div(part.view(*grid.scale.shape, columns), scale, out=result.view(*grid.scale.shape, columns))

@@ -46,8 +46,7 @@ class BlockJob:
     """A block with its weights as stored, the layers to quantize in it, and the calibration states before it.
 
     weights: by name within the block; transforms replace them. arriving: hidden states that come out of the quantized
-    prefix; None without
-    calibration. original: those of the unquantized model, when a method compares.
+    prefix; None without calibration. original: those of the unquantized model, when a method compares.
     """
 
     model: StreamedModel

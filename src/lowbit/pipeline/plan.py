@@ -113,16 +113,17 @@ def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
 
 def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
     """Linear layers of all blocks and their (out, in), in order of execution, then the head."""
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for index, block in enumerate(model.blocks):
         for group in model.architecture.linears:
             for name in group:
-                weight = block.get_submodule(name).weight
-                shape = tuple(weight.shape[::-1] if model.architecture.transposed else weight.shape)
+                rows, columns = block.get_parameter(f"{name}.weight").shape
+                shape = (columns, rows) if model.architecture.transposed else (rows, columns)
                 shapes[f"{model.block_path(index)}.{name}"] = shape
-    if isinstance(getattr(model.skeleton, "lm_head", None), nn.Linear):
-        shapes["lm_head"] = tuple(model.skeleton.lm_head.weight.shape)
-    return shapes  # type: ignore[return-value]
+    head = getattr(model.skeleton, "lm_head", None)
+    if isinstance(head, nn.Linear):
+        shapes["lm_head"] = (head.weight.shape[0], head.weight.shape[1])
+    return shapes
 
 
 def needs_input_scale(scheme: Scheme) -> bool:
