@@ -94,6 +94,7 @@ def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
     dtype = _output_dtype(recipe, model)
     linears = linear_shapes(model)
     skipped = [path for path in linears if recipe.ignores(path) or recipe.method == "cast"]
+    skipped += _other_linears(model, linears)
     quantized = {path: shape for path, shape in linears.items() if path not in skipped}
     if recipe.method == "cast":
         return Plan({}, skipped, _layout(model, {}, None, dtype), None, dtype)
@@ -124,6 +125,13 @@ def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
     if isinstance(head, nn.Linear):
         shapes["lm_head"] = (head.weight.shape[0], head.weight.shape[1])
     return shapes
+
+
+def _other_linears(model: StreamedModel, linears: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Linear layers that the table of architectures does not name (projections around the blocks, routers): a
+    configuration that speaks of every linear layer has to leave them out."""
+    modules = model.skeleton.named_modules()
+    return [path for path, module in modules if isinstance(module, nn.Linear) and path not in linears]
 
 
 def needs_input_scale(scheme: Scheme) -> bool:
