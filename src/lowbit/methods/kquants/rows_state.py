@@ -24,7 +24,13 @@ class RowsState:
 
     def __init__(self, codec: Codec, grid: Grid, target: Tensor, codes: Tensor | None = None) -> None:
         self.codec, self.target = codec, target
-        self.levels_table = torch.tensor(codec.levels, dtype=torch.float32, device=target.device)
+        # MXFP4 has its levels in the order of its bits, and zero twice
+        self.ascending = tuple(sorted(set(codec.levels)))
+        self.by_code = torch.tensor(codec.levels, dtype=torch.float32, device=target.device)
+        self.by_rank = torch.tensor(self.ascending, dtype=torch.float32, device=target.device)
+        self.code_of_rank = torch.tensor(
+            [codec.levels.index(level) for level in self.ascending], dtype=torch.uint8, device=target.device
+        )
         self.float_scale = grid.d.dtype == torch.float32  # MXFP4: a power of two, left as it is
         self.d = _columns(grid.d)
         self.dmin = None if grid.dmin is None else _columns(grid.dmin)
@@ -34,7 +40,7 @@ class RowsState:
         self.sub = self.block if self.scale_codes is None else codec.sub_block
         # sub-blocks of zeros stay exactly zero, whatever would serve the output better
         self.empty = target.view(-1, self.sub, target.shape[1]).abs().amax(1) == 0
-        self.levels = torch.zeros_like(target) if codes is None else self.levels_table[codes.T.to(torch.int64)]
+        self.levels = torch.zeros_like(target) if codes is None else self.by_code[codes.T.to(torch.int64)]
 
     def set_levels(self, levels: Tensor) -> None:
         self.levels = levels.contiguous()
@@ -61,7 +67,7 @@ class RowsState:
         ratio = torch.where(scale == 0, 0.0, shifted / scale)
         if self.codec.uniform:
             return ratio.round_().clamp_(self.codec.levels[0], self.codec.levels[-1])
-        return self.levels_table[nearest_level(ratio, self.codec.levels).to(torch.int64)]
+        return self.by_rank[nearest_level(ratio, self.ascending).to(torch.int64)]
 
     def dequantize(self) -> Tensor:
         """[in, out] float32."""
@@ -89,7 +95,7 @@ class RowsState:
         """uint8 [out, in]."""
         if self.codec.uniform:
             return (self.levels - self.codec.levels[0]).to(torch.uint8).T.contiguous()
-        return nearest_level(self.levels, self.codec.levels).T.contiguous()
+        return self.code_of_rank[nearest_level(self.levels, self.ascending).to(torch.int64)].T.contiguous()
 
     def sweep(self, hessian: Tensor) -> None:
         """Move every part once, in place: per block its float scales, then by sub-block the integer scales and codes."""
