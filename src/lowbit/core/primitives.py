@@ -40,11 +40,14 @@ def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tens
 
 
 def min_max_grid(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> Grid:
-    """The plain grid: symmetric from the largest magnitude, asymmetric from minimum and maximum (zero included)."""
+    """The plain grid: asymmetric from minimum and maximum (zero included), symmetric from the extremum.
+
+    A symmetric grid has one code more on one side; the extremum goes there, which makes its scale negative when the
+    extremum is positive, and uses all codes (llama.cpp's Q4_0 does the same).
+    """
     grouped = _grouped(weight, scheme)
     if scheme.symmetric:
-        limit = grouped.abs().amax(-1)
-        scale = limit / (scheme.max_code / 2)
+        scale = _extremum(grouped) / -scheme.middle
         return Grid(*_stored(scale, torch.full_like(scale, scheme.middle), scale_dtype))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     scale = (high - low) / scheme.max_code
@@ -94,10 +97,15 @@ def _candidates(grouped: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Ten
             pairs.append((scale, torch.round(-low * shrink / scale).clamp(0, scheme.max_code)))
         return pairs
     middle = torch.full_like(low, scheme.middle)
-    # the extremum with the larger magnitude goes to the end that has one code more
-    extremum = torch.where(high > -low, -high, -low) / scheme.middle
+    extremum = _extremum(grouped) / -scheme.middle
     even = torch.maximum(high, -low) / (scheme.max_code / 2)
     return [(scale * shrink, middle) for scale in (extremum, even) for shrink in _SHRINK]
+
+
+def _extremum(grouped: Tensor) -> Tensor:
+    """The value with the largest magnitude of each group, with its sign."""
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    return torch.where(high > -low, high, low)
 
 
 def _stored(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Round to nearest: every weight goes to the nearest point of a grid that fits its group. Needs no calibration.
 
-With `search` the grid minimizes the squared error of the group (weighted by the inputs' power when statistics are given);
-without, it is the plain min-max grid that other tools call RTN.
+The grid spans the group's extremes. With `search` it minimizes the squared error of the group instead, weighted by the
+inputs' power when statistics are given. Without statistics that is worse: it clips the few large weights that matter most
+(SmolLM2, 4 bits in groups of 64: KL divergence 0.31 against 0.23).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CACHED = 2**17
 class RtnOptions:
     """search: look for the grid with the least squared error instead of taking minimum and maximum."""
 
-    search: bool = True
+    search: bool = False
 
 
 def quantize(
