@@ -34,7 +34,7 @@ from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
 from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
-from lowbit.recipe import Recipe, preset
+from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
 
 VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
@@ -105,13 +105,11 @@ def recipe_for(method: str) -> Recipe:
     """The preset of that name, a GGUF file type, or a plain recipe with that method. Raises RecipeError."""
     from lowbit.api.gguf_options import gguf_recipe, is_gguf_method
 
+    if method in preset_names():
+        return preset(method)
     if is_gguf_method(method):
         return gguf_recipe(method)
-    if method in METHODS.names():
-        from lowbit.recipe import preset_names
-
-        return preset(method) if method in preset_names() else Recipe(method=method)
-    return preset(method)
+    return Recipe(method=method) if method in METHODS.names() else preset(method)
 
 
 class _Run:
@@ -214,7 +212,8 @@ class _Run:
         config["dtype"] = str(self.plan.dtype).removeprefix("torch.")
         if self.plan.format is not None:
             schemes = {path: layer.scheme for path, layer in self.plan.layers.items()}
-            quantization = self.plan.format.quantization_config(schemes, self.plan.skipped)
+            cache = {"kv_cache": "fp8"} if self.plan.kv_cache else {}
+            quantization = self.plan.format.quantization_config(schemes, self.plan.skipped, **cache)
             config["quantization_config"] = quantization
             for name, content in self.plan.format.files(quantization).items():
                 write_json(work / name, content)

@@ -15,11 +15,13 @@ from lowbit.core.scheme import DTYPES, Scheme
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats import FORMATS, get_format
 from lowbit.methods import METHODS
+from lowbit.pipeline.kv_cache import cached_layers, scale_names
 from lowbit.pipeline.schemes import Numbers, scheme_of
 from lowbit.recipe import Recipe
 from lowbit.transforms import TRANSFORMS
 from lowbit.transforms.scaling import Transform
 
+_KV_CACHE_FORMATS = ("compressed-tensors", "modelopt")
 _AUTO_GROUP_SIZES = (128, 64, 32)
 _OFFERED_GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 
@@ -56,6 +58,7 @@ class Plan:
     layers: linear layers to quantize, by module path. skipped: linear layers left in 16 bits.
     layout: every tensor of the artifact, in the order in which it is written.
     format: None when nothing is quantized (plain safetensors). transforms: done to each block first, in order.
+    kv_cache: the layers within a block that make keys and values, when scales for a cache of FP8 are stored.
     """
 
     layers: dict[str, LayerPlan]
@@ -64,6 +67,7 @@ class Plan:
     format: Format | None
     dtype: torch.dtype
     transforms: tuple[TransformPlan, ...] = ()
+    kv_cache: tuple[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +77,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether any transform or any layer's method wants statistics, or scales of inputs are stored."""
-        return bool(self.transforms) or any(layer.needs.calibration for layer in self.layers.values())
+        return bool(self.transforms or self.kv_cache) or any(layer.needs.calibration for layer in self.layers.values())
 
     def quantized_bits(self) -> tuple[int, int]:
         """(weights in quantized layers, bits they take with all their metadata)."""
@@ -109,7 +113,8 @@ def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
         if reason:
             raise FormatError(reason, hint=_formats_for(scheme))
     target.quantization_config({path: layer.scheme for path, layer in layers.items()}, skipped)
-    return Plan(layers, skipped, _layout(model, layers, target, dtype), target, dtype, transforms)
+    kv_cache = _kv_cache(recipe, model, target)
+    return Plan(layers, skipped, _layout(model, layers, target, dtype, kv_cache), target, dtype, transforms, kv_cache)
 
 
 def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
@@ -163,6 +168,17 @@ def _transforms(recipe: Recipe, model: StreamedModel) -> tuple[TransformPlan, ..
     return tuple(TransformPlan(transform, part_options(transform, given)) for transform, given in parts)
 
 
+def _kv_cache(recipe: Recipe, model: StreamedModel, target: Format) -> tuple[str, str] | None:
+    if recipe.kv_cache == "none":
+        return None
+    if target.name not in _KV_CACHE_FORMATS:
+        raise FormatError(
+            f"format {target.name!r} has no scales for a KV cache",
+            hint=f"--format {' or '.join(_KV_CACHE_FORMATS)}, or --kv-cache none",
+        )
+    return cached_layers(model.architecture, str(model.checkpoint.config.get("model_type")))
+
+
 def _formats_for(scheme: Scheme) -> str:
     """A hint that names the formats which hold `scheme`."""
     holding = [name for name in FORMATS.names() if get_format(name).refuse(scheme) is None]
@@ -207,7 +223,11 @@ def _output_dtype(recipe: Recipe, model: StreamedModel) -> torch.dtype:
 
 
 def _layout(
-    model: StreamedModel, layers: Mapping[str, LayerPlan], target: Format | None, dtype: torch.dtype
+    model: StreamedModel,
+    layers: Mapping[str, LayerPlan],
+    target: Format | None,
+    dtype: torch.dtype,
+    kv_cache: tuple[str, str] | None = None,
 ) -> dict[str, TensorSpec]:
     """Outside tensors first, then block by block, so that writing goes forward through the shards."""
     blocks = f"{model.architecture.blocks}."
@@ -224,4 +244,8 @@ def _layout(
             layout.update({f"{path}.{suffix}": spec for suffix, spec in specs.items()})
         else:
             layout[name] = TensorSpec(dtype, names[name])
+    if kv_cache is not None and target is not None:
+        for index in range(len(model.blocks)):
+            for name in scale_names(*kv_cache, target.name):
+                layout[f"{model.block_path(index)}.{name}"] = TensorSpec(torch.float32, ())
     return layout

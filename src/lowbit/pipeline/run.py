@@ -22,6 +22,7 @@ from lowbit.formats.reader import ArtifactCheckpoint, open_artifact
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.block import BlockJob, BlockResult, place_weight, quantize_block
 from lowbit.pipeline.journal import Journal
+from lowbit.pipeline.kv_cache import cache_scales, scale_names
 from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.pipeline.writer import ShardedWriter
 
@@ -108,6 +109,10 @@ def _do_block(
         for note in {note for notes in result.notes.values() for note in notes}:
             progress.warn(f"{path}: {note}")
         _write_block(plan, writer, path, result)
+        if plan.kv_cache is not None and plan.format is not None:
+            names = scale_names(*plan.kv_cache, plan.format.name)
+            for name, scale in zip(names, cache_scales(job, plan.kv_cache), strict=True):
+                writer.write(f"{path}.{name}", scale)
         writer.sync()
         journal.done(index, {"errors": result.errors, "notes": result.notes})
         if result.errors:
