@@ -112,6 +112,7 @@ def make_plan(recipe: Recipe, model: StreamedModel) -> Plan:
         reason = target.refuse(scheme)
         if reason:
             raise FormatError(reason, hint=_formats_for(scheme))
+    _check_own_numbers(target, layers)
     target.quantization_config({path: layer.scheme for path, layer in layers.items()}, skipped)
     kv_cache = _kv_cache(recipe, model, target)
     return Plan(layers, skipped, _layout(model, layers, target, dtype, kv_cache), target, dtype, transforms, kv_cache)
@@ -166,6 +167,17 @@ def _transforms(recipe: Recipe, model: StreamedModel) -> tuple[TransformPlan, ..
         )
     parts = [(TRANSFORMS.get(name), given) for name, given in recipe.transforms.items()]
     return tuple(TransformPlan(transform, part_options(transform, given)) for transform, given in parts)
+
+
+def _check_own_numbers(target: Format, layers: Mapping[str, LayerPlan]) -> None:
+    """bitsandbytes derives a scale from a row's or block's largest weight: it cannot say one that was searched."""
+    other = next((layer for layer in layers.values() if layer.method.name != "bnb"), None)
+    if target.name.startswith("bitsandbytes") and other is not None:
+        raise FormatError(
+            f"format {target.name!r} holds scales that bitsandbytes chose, not those of method {other.method.name!r}: "
+            "use method 'bnb', or format 'compressed-tensors'",
+            hint=f"--method llm_int8 or nf4; --format compressed-tensors holds {other.scheme.name}",
+        )
 
 
 def _kv_cache(recipe: Recipe, model: StreamedModel, target: Format) -> tuple[str, str] | None:
