@@ -144,14 +144,20 @@ class _GgufRun:
             return 0
         rounded = {path: linear for path, linear in linears.items() if job.types[linear.tensor] in CODECS}
         tensors = {linear.tensor for linear in rounded.values()}
-        encode_tensors(job, [name for name in job.types if name not in tensors])
+        # the head is rounded last; where it is the embedding too, the blocks are fed by a plain one until then
+        head = "output.weight" if "output.weight" in job.types else "token_embd.weight"
+        rounds_head = job.types.get(head) in CODECS and job.source.tensors[head].ggml_type not in CODECS
+        first = [name for name in job.types if name not in tensors]
+        encode_tensors(job, first, provisional=[head] if rounds_head else [])
         left = [n for n, kind in job.types.items() if n not in tensors and kind in CODECS and n.startswith("blk.")]
         if left:
             self.progress.warn(
                 f"{len(left)} tensors are no single linear layer and were rounded plainly: {left[0]} ..."
             )
         options = SecondOrderOptions(damping=self.options.damping, sweeps=self.options.sweeps)
-        return SecondOrderRun(job, model, rounded, self._streams(work), options).quantize(windows)
+        return SecondOrderRun(
+            job, model, rounded, self._streams(work), options, head if rounds_head else None
+        ).quantize(windows)
 
     def _types(self, source: GgufSource) -> dict[str, str]:
         tensors = [TensorInfo(name, tensor.shape, tensor.ggml_type) for name, tensor in source.tensors.items()]

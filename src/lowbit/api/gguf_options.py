@@ -38,7 +38,7 @@ class GgufOptions:
     tensor_type: tuple[str, ...] = ()
     allow_requantize: bool = False
     max_shard_size: int | None = None
-    damping: float = 0.01
+    damping: float = 0.03
     sweeps: int = 6
 
     def policy(self, *, has_imatrix: bool) -> PolicyOptions:

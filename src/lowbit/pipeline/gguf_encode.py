@@ -51,8 +51,14 @@ class GgufJob:
         return list(self.types).index(name)
 
 
-def encode_tensors(job: GgufJob, names: Sequence[str], importance: Mapping[str, Importance] | None = None) -> None:
-    """Encode (or copy) the named tensors as llama-quantize does, with their importance where there is some."""
+def encode_tensors(
+    job: GgufJob,
+    names: Sequence[str],
+    importance: Mapping[str, Importance] | None = None,
+    provisional: Sequence[str] = (),
+) -> None:
+    """Encode (or copy) the named tensors as llama-quantize does, with their importance where there is some. What is
+    `provisional` among them is written but does not count as done: it will be written again."""
     job.progress.start("encode", len(names))
     waiting: dict[str, float | None] = {}
     size = 0
@@ -61,7 +67,8 @@ def encode_tensors(job: GgufJob, names: Sequence[str], importance: Mapping[str, 
             job.progress.note(f"{name} as {job.types[name]}")
             data = encoded(job, name, importance or {})
             job.writer.write(name, data)
-            waiting[name] = None
+            if name not in provisional:
+                waiting[name] = None
             size += data.numel()
         job.progress.advance()
         if size >= _SYNC_BYTES:

@@ -14,29 +14,35 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram
 from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
+from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.block import place_weight
 from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
-from lowbit.pipeline.gguf_stream import advance, embedded, statistics_of
+from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
 from lowbit.pipeline.run import Streams
+
+_TIED_DAMPING = 0.05
 
 
 @dataclass(frozen=True)
 class SecondOrderRun:
-    """A run over all blocks. linears: the layers to round, by module path."""
+    """A run over all blocks. linears: the layers to round, by module path. head: the output matrix's tensor, to be rounded
+    after them; where it is the token embedding too, that has been written before, for the blocks to be fed by."""
 
     job: GgufJob
     model: StreamedModel
     linears: Mapping[str, LinearTensor]
     streams: Streams
     options: SecondOrderOptions
+    head: str | None = None
 
     def quantize(self, windows: Tensor) -> int:
         """Round all blocks on calibration token windows [samples, tokens]; returns how many blocks an earlier run had
         done. All other tensors must have been written before. Raises LowbitError subclasses."""
         progress, model = self.job.progress, self.model
         blocks = len(model.blocks)
-        if all(self.job.is_done(linear.tensor) for linear in self.linears.values()):
+        wanted = [linear.tensor for linear in self.linears.values()] + ([self.head] if self.head else [])
+        if all(self.job.is_done(tensor) for tensor in wanted):
             return blocks
         progress.start("quantize", blocks)
         resumed = 0
@@ -51,10 +57,26 @@ class SecondOrderRun:
                     self._restore(module, own, weights)
                 else:
                     self._do_block(index, module, own, weights, states)
-                if index + 1 < blocks:
+                if index + 1 < blocks or self.head:
                     advance(model, index, module, states)
             progress.advance()
+        if self.head:
+            self._do_head(self.head, states)
         return resumed
+
+    def _do_head(self, tensor: str, states: Activations) -> None:
+        self.job.progress.note(tensor)
+        gram = head_statistics(self.model, states).gram
+        assert gram is not None
+        # a tied matrix is read as the embedding too, where every column counts the same
+        damping = _TIED_DAMPING if tensor == "token_embd.weight" else self.options.damping
+        curvature = factor_gram(gram, damping)
+        dense = self.job.source.dense(tensor).to(self.model.device)
+        type_name = self.job.types[tensor]
+        grid, codes = quantize(type_name, dense, curvature, self.options)
+        self.job.writer.write(tensor, CODECS[type_name].pack(grid, codes))
+        rounded = CODECS[type_name].dequantize(grid, codes)
+        self.job.done({tensor: _relative(dense, rounded, curvature)})
 
     def _do_block(
         self,
@@ -62,7 +84,7 @@ class SecondOrderRun:
         module: nn.Module,
         own: Mapping[str, LinearTensor],
         weights: Mapping[str, Tensor],
-        states: object,
+        states: Activations,
     ) -> None:
         errors: dict[str, float | None] = {}
         for group in self.model.architecture.linears:
@@ -70,7 +92,7 @@ class SecondOrderRun:
             if not names:
                 continue
             self.job.progress.note(f"{self.model.block_path(index)} {', '.join(names)}")
-            statistics = statistics_of(self.model, index, module, names[0], states)  # type: ignore[arg-type]
+            statistics = statistics_of(self.model, index, module, names[0], states)
             errors.update(self._do_group(module, [own[name] for name in names], weights, statistics))
         self.job.done(errors)
 

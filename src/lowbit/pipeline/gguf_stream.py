@@ -90,6 +90,24 @@ def statistics_of(
     return statistics
 
 
+def head_statistics(model: StreamedModel, states: Activations) -> InputStatistics:
+    """Gram matrix of the inputs of the output head, from the last block's outputs."""
+    statistics: InputStatistics | None = None
+    head: nn.Module = model.skeleton.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad(), model.outside():
+        for where in states.batches():
+            seen: dict[str, Tensor] = {}
+            hidden = states.get(where, model.device)
+            with _watched(head, [""], seen, leave=True), suppress(_Seen):
+                model.logits(hidden)
+            if statistics is None:
+                statistics = InputStatistics(seen[""].shape[-1], model.device)
+            statistics.add(seen[""])
+    assert statistics is not None
+    statistics.finish()
+    return statistics
+
+
 class _Seen(Exception):  # noqa: N818 - control flow, not an error
     """The watched layer has been reached."""
 

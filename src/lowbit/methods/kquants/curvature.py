@@ -27,7 +27,7 @@ class Curvature:
     cost: Tensor
 
 
-def factor_gram(gram: Tensor, damping: float = 0.01) -> Curvature:
+def factor_gram(gram: Tensor, damping: float = 0.03) -> Curvature:
     """Curvature of the Gram matrix `gram` [in, in] float32 (a mean over tokens); `damping` is the share of its mean
     diagonal that is added to the diagonal, ten times more on each failed factorization. `gram` is left as it is.
 

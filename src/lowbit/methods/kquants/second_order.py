@@ -33,7 +33,7 @@ _CUDA_CHUNK_WEIGHTS = 1 << 27
 class SecondOrderOptions:
     """damping: see factor_gram. sweeps: at most so many; tolerance: stop when one lowers the error by less than this share."""
 
-    damping: float = 0.01
+    damping: float = 0.03
     sweeps: int = 8
     tolerance: float = 1e-3
 
