@@ -38,6 +38,14 @@ def test_help_needs_no_heavy_import() -> None:
         assert "Example" in run(verb, "--help").stdout or verb in ("recipe", "env")
 
 
+def test_wrong_usage_says_what_is_wrong() -> None:
+    for arguments in (["quantize"], ["quantize", "MODEL", "--bitz", "4"], ["nonsense"]):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "Missing argument" in done.stderr or "No such" in done.stderr
+
+
 def test_version() -> None:
     assert run("--version").stdout.strip() == f"lowbit {lowbit.__version__}"
 
@@ -109,6 +117,7 @@ def test_dry_run_names_every_layer_and_the_exact_size(artifact: Path, tiny_llama
         (["quantize", "MODEL", "--option", "percdamp", "-o", "x"], 2, "NAME=VALUE", "percdamp="),
         (["quantize", "MODEL", "--device", "cuda:7", "--group-size", "64", "-o", "x"], 2, "not available", "--device"),
         (["quantize", "MODEL", "--max-memory", "lots", "-o", "x"], 2, "amount of memory", "2GiB"),
+        (["quantize", "no-such-org-1234/no-model", "-o", "x"], 1, "could not be downloaded", "run it again"),
         (["inspect", "MODEL"], 1, "no lowbit artifact", "quantize"),
         (["recipe", "show", "gtpq"], 2, "did you mean 'gptq'", "one of"),
         (["evaluate", "MODEL", "--dataset", "wikitxt"], 1, "did you mean 'wikitext'", "local"),

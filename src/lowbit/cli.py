@@ -10,7 +10,6 @@ import logging
 import sys
 import warnings
 
-import click
 import typer
 
 from lowbit.commands import env, recipe
@@ -22,6 +21,9 @@ from lowbit.commands.inspect import inspect
 from lowbit.commands.methods import methods
 from lowbit.commands.quantize import quantize
 from lowbit.core.errors import LowbitError
+
+# click's own class, which newer releases of typer carry themselves
+_USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 app = typer.Typer(
     name="lowbit",
@@ -62,10 +64,10 @@ def main() -> None:
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except _USAGE_ERROR as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted: run the same command again to continue where it stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

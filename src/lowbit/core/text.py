@@ -167,13 +167,13 @@ def _hub_rows(dataset: str) -> tuple[Iterable[Any], str]:
         raise CalibrationError(
             f"{name} comes from the hub", hint="pip install 'lowbit[hub]', or --dataset pydoc"
         ) from error
-    import httpx
+    from huggingface_hub.errors import HTTPError
 
     try:
         files = {"data_files": source.files} if source.files else {}
         rows = load_dataset(source.repo, source.config, split=source.split, streaming=True, **files)
         return rows, source.column
-    except (OSError, ValueError, httpx.HTTPError, RuntimeError) as error:
+    except (OSError, ValueError, HTTPError, RuntimeError) as error:
         cause = (str(error).strip().splitlines() or ["no connection"])[0][:160]
         raise CalibrationError(
             f"dataset {source.repo} could not be read from the hub: {cause}",

@@ -34,13 +34,12 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         cause = (str(error).strip().splitlines() or ["no connection"])[0][:200]
         raise CheckpointError(
             f"{repo} is no local directory and could not be downloaded from the hub: {cause}",
