@@ -205,7 +205,9 @@ def test_llama_cpp_loads_it_and_says_what_the_dequantized_weights_say(
     params.model.path = str(tmp_path / "m.gguf")
     params.n_ctx, params.cpuparams.n_threads, params.warmup = 128, 1, False
     server = xllamacpp.Server(params)
-    question = json.dumps({"prompt": ids[0].tolist(), "n_predict": 1, "n_probs": 5, "temperature": 0}).encode()
+    question = json.dumps(
+        {"prompt": ids[0].tolist(), "n_predict": 1, "n_probs": 5, "logit_bias": [["a", 1e6]]}
+    ).encode()
     with urllib.request.urlopen(f"{server.listening_address}/completion", question) as answer:
         top = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
     assert len(top) == 5

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.checkpoint.gguf import GgufCheckpoint
+from lowbit.core.contracts import Checkpoint
 from lowbit.core.hardware import pick_device
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.streamed_model import StreamedModel
@@ -32,9 +34,13 @@ def evaluate(
     Weights are dequantized exactly; activation quantization is not simulated. Raises LowbitError subclasses.
     """
     place = pick_device(device)
+    if Path(artifact).suffix == ".gguf" and base is not None:
+        checkpoint: Checkpoint = GgufCheckpoint(Path(artifact), open_checkpoint(base).config, torch.float32)
+    else:
+        checkpoint = open_artifact(open_checkpoint(artifact), torch.float32)
     tokens = first_windows(dataset, load_tokenizer(open_checkpoint(base or artifact)), windows, context)
     return measure(
-        _float32(artifact, place),
+        StreamedModel(checkpoint, place, torch.float32),
         tokens,
         progress or Silent(),
         base=_float32(base, place) if base is not None else None,

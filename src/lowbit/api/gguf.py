@@ -22,7 +22,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CalibrationError, OutputError
+from lowbit.core.errors import CalibrationError, CheckpointError, OutputError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
@@ -287,3 +287,15 @@ def read_gguf_record(file: Path) -> dict[str, Any] | None:
             content: dict[str, Any] = json.loads(record.read_text())
             return content
     return None
+
+
+def changed_files(file: Path, record: Mapping[str, Any] | None) -> list[str]:
+    """Names of a model's files that are missing or differ from their recorded checksum. Raises CheckpointError without a
+    record."""
+    if record is None:
+        raise CheckpointError(f"{file.name} has no record beside it, so there are no checksums to compare")
+    return [
+        name
+        for name, digest in record["checksums"].items()
+        if not file.with_name(name).is_file() or sha256_of(file.with_name(name)) != digest
+    ]

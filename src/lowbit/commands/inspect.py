@@ -13,15 +13,23 @@ from lowbit.core.errors import CheckpointError
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory made by lowbit quantize.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A directory made by lowbit quantize, or a .gguf file.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, not only the ten worst.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Read the weights and compare their checksums.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Recipe, sizes by scheme, per-layer errors, checksums and provenance of an artifact.
+    """Recipe, sizes by scheme, per-layer errors, checksums and provenance of an artifact; or a GGUF file, any GGUF file:
+    types by tensor, bits per weight, metadata and chat template.
 
     Example: lowbit inspect model-w4 --check
     """
+    if artifact.suffix == ".gguf":
+        from lowbit.commands.gguf_inspect import inspect_gguf
+
+        inspect_gguf(artifact, layers=layers, check=check, as_json=as_json)
+        return
     file = artifact / "lowbit.json"
     if not file.is_file():
         raise CheckpointError(
