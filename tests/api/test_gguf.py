@@ -163,7 +163,7 @@ def test_options_that_change_types(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "error", "what"), [
     ({"options": {"refine": "hessian"}}, RecipeError, "calibration text"),
-    ({"options": {"refine": "best"}, **QUICK}, RecipeError, "unknown"),
+    ({**QUICK, "options": {"refine": "best"}}, RecipeError, "unknown"),
     ({"options": {"pur": True}}, RecipeError, "did you mean 'pure'"),
     ({"options": {"imatrix": "/nowhere"}}, RecipeError, "does not exist"),
     ({"options": {"tensor_type": ["attn_v"]}}, FormatError, "PATTERN=TYPE"),

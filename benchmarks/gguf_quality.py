@@ -1,0 +1,92 @@
+"""GGUF files of one model side by side: plain, with an importance matrix, and rounded to second order; and llama.cpp's own
+llama-quantize, without and with llama-imatrix on the same text, where those programs are on PATH.
+
+    python benchmarks/gguf_quality.py --model DIR --text FILE --evaluate FILE [--types q4_k_m q3_k_s] [--out DIR]
+
+Prints one line a file: bytes, seconds, KL divergence from the base with its standard error, and top-1 agreement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from lowbit.api.evaluate import evaluate
+from lowbit.api.gguf_source import converted
+from lowbit.api.quantize import Settings, quantize
+from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.progress import Silent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="calibration text")
+    parser.add_argument("--evaluate", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_s"])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("gguf-quality"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    source = converted(open_checkpoint(args.model), args.out, Silent()).location
+    for kind in args.types:
+        for refine in ("none", "imatrix", "hessian"):
+            report(f"lowbit {kind} {refine}", *ours(args, kind, refine), args)
+        for name, command, file in theirs(args, source, kind):
+            started = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)
+            report(name, file, time.monotonic() - started, args)
+
+
+def ours(args: argparse.Namespace, kind: str, refine: str) -> tuple[Path, float]:
+    output = args.out / f"lowbit-{kind}-{refine}.gguf"
+    text = {} if refine == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
+    result = quantize(
+        args.model,
+        output=output,
+        method=kind,
+        settings=Settings(verify=False, restart=True),
+        options={"refine": refine},
+        **text,
+    )
+    return output, result.run["seconds"]
+
+
+def theirs(args: argparse.Namespace, source: Path, kind: str) -> list[tuple[str, list[str], Path]]:
+    """llama.cpp's programs, in the order in which they must run; the importance matrix is made once."""
+    program, collector = shutil.which("llama-quantize"), shutil.which("llama-imatrix")
+    if program is None:
+        return []
+    plain = args.out / f"llama-{kind}.gguf"
+    runs = [(f"llama-quantize {kind}", [program, str(source), str(plain), kind.upper()], plain)]
+    matrix = args.out / "llama.imatrix.gguf"
+    if collector is not None and not matrix.exists():
+        chunks = ["--chunks", str(args.samples), "-c", str(args.seq_len)]
+        subprocess.run(
+            [collector, "-m", str(source), "-f", str(args.text), "-o", str(matrix), *chunks],
+            check=True,
+            capture_output=True,
+        )
+    if matrix.exists():
+        weighted = args.out / f"llama-{kind}-imatrix.gguf"
+        command = [program, "--imatrix", str(matrix), str(source), str(weighted), kind.upper()]
+        runs.append((f"llama-quantize {kind} imatrix", command, weighted))
+    return runs
+
+
+def report(name: str, file: Path, seconds: float, args: argparse.Namespace) -> None:
+    measured = evaluate(file, base=args.model, dataset=str(args.evaluate), windows=args.windows, context=1024)
+    print(
+        f"{name:32} {file.stat().st_size:>12} bytes {seconds:8.1f} s  KL {measured.kl:.5f} ± {measured.kl_error:.5f}  "
+        f"top-1 {measured.top1:.4f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
