@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from lowbit.recipe import Recipe
 
 
-
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or hub id.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact goes.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Preset or method: gptq, awq, int8_sq, fp8 ... (lowbit methods).")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Preset or method: gptq, awq, int8_sq, fp8 ... (lowbit methods).")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="Columns that share a scale; 0 one scale a row; auto picks one that fits.")
@@ -60,7 +61,9 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A method's option.")
     ] = None,
-    refine: Annotated[str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")
+    ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="GGUF: an importance matrix made before.")] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one type for all, no mixture.")] = False,
     leave_output_tensor: Annotated[
@@ -135,6 +138,10 @@ def quantize(
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": _alpha(alpha)})
     settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart)
+    if dry_run and chosen.format == "gguf":
+        raise RecipeError(
+            "a GGUF file's tensors are known only once the checkpoint is converted", hint="leave --dry-run out"
+        )
     if dry_run:
         _print_plan(plan(model, recipe=chosen, settings=settings), chosen, as_json)
         return
