@@ -63,8 +63,9 @@ def test_dequantized_weights_and_llama_cpp_agree(folder: Path, artifact: Path) -
 
     asked = {"base": folder, "dataset": "pydoc", "windows": 1, "context": 32}
     dense = evaluate(artifact, **asked)
-    real = evaluate_llama_cpp(artifact, **asked)
+    real, on_same = evaluate_llama_cpp(artifact, **asked)
     assert real.tokens == 32
     assert dense.kl is not None
+    assert on_same == pytest.approx(dense.kl, rel=0.5)
     assert 0 < real.kl < 3 * dense.kl + 0.02
     assert real.kl > dense.kl / 3

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.hardware import pick_device
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.streamed_model import StreamedModel
@@ -25,16 +26,21 @@ def evaluate_llama_cpp(
     context: int = 128,
     device: str = "auto",
     progress: Progress | None = None,
-) -> LlamaCppMeasurement:
-    """Compare what llama.cpp itself predicts with the base's predictions in float32, token by token.
+) -> tuple[LlamaCppMeasurement, float]:
+    """Compare what llama.cpp itself predicts with the base's predictions in float32, token by token; and, second, the KL
+    divergence of the dequantized weights on the same tokens.
 
-    Rounding of activations, which llama.cpp does and the dequantized weights do not show, is part of it. Raises
-    LowbitError subclasses.
+    What sets the two apart is that llama.cpp rounds activations, and counts in lower precision. Raises LowbitError
+    subclasses.
     """
     checkpoint = open_checkpoint(base)
     tokens = first_windows(dataset, load_tokenizer(checkpoint), windows, context)
-    model = StreamedModel(checkpoint, pick_device(device), torch.float32)
-    return measure_llama_cpp(Path(file), tokens, _log_probs(model, tokens), progress or Silent())
+    place = pick_device(device)
+    expected = _log_probs(StreamedModel(checkpoint, place, torch.float32), tokens)
+    dequantized = GgufCheckpoint(Path(file), checkpoint.config, torch.float32)
+    dense = _log_probs(StreamedModel(dequantized, place, torch.float32), tokens)
+    kl = (expected.exp() * (expected - dense)).sum(-1).mean().item()
+    return measure_llama_cpp(Path(file), tokens, expected, progress or Silent()), kl
 
 
 def _log_probs(model: StreamedModel, tokens: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def evaluate(
     print(f"top-1 agreement  {measured.top1:.2%} ± {measured.top1_error:.2%}")
     if real is not None:
         print(f"in llama.cpp     KL {real['kl']:.5f} ± {real['kl_error']:.5f} nats, top-1 {real['top1']:.2%}, "
-              f"over {real['tokens']} tokens of the same text")  # fmt: skip
+              f"over {real['tokens']} tokens; dequantized KL over the same {real['dequantized_kl']:.5f}")  # fmt: skip
 
 
 def _in_llama_cpp(artifact: str, base: str | None, dataset: str, device: str, progress: Progress) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def _in_llama_cpp(artifact: str, base: str | None, dataset: str, device: str, pr
 
     if base is None or not artifact.endswith(".gguf"):
         raise RecipeError("--llama-cpp compares a .gguf file with its base", hint="--base MODEL")
-    return asdict(evaluate_llama_cpp(artifact, base=base, dataset=dataset, device=device, progress=progress))
+    real, dense = evaluate_llama_cpp(artifact, base=base, dataset=dataset, device=device, progress=progress)
+    return {**asdict(real), "dequantized_kl": dense}
 
 
 def _recorded_base(artifact: str) -> str | None:
