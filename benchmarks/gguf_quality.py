@@ -16,7 +16,8 @@ from pathlib import Path
 
 from lowbit.api.evaluate import evaluate
 from lowbit.api.gguf_source import converted
-from lowbit.api.quantize import Settings, quantize
+from lowbit.api.quantize import quantize
+from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lowbit.api.quantize import Settings, quantize
+from lowbit.api.quantize import quantize
+from lowbit.api.run import Settings
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import lowbit
-from lowbit.api.quantize import Settings
+from lowbit.api.run import Settings
 
 
 def main() -> None:

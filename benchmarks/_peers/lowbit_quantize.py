@@ -15,7 +15,7 @@ if __name__ == "__main__":
     import torch
 
     import lowbit
-    from lowbit.api.quantize import Settings
+    from lowbit.api.run import Settings
 
     torch.set_num_threads(args.threads)
     with Measured("lowbit"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.api.quantize import Settings
+from lowbit.api.run import Settings
 from lowbit.core.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from lowbit.core.progress import Silent
 from lowbit.methods.kquants import encode

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowbit.api.quantize import Settings, quantize
+from lowbit.api.quantize import quantize
+from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import FormatError, LowbitError, RecipeError
 from lowbit.core.qtensor import QTensor

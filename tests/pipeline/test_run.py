@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowbit
-from lowbit.api.quantize import Settings
+from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError, VerificationError
 from lowbit.core.progress import Silent

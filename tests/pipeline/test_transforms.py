@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.api.quantize import Settings
+from lowbit.api.run import Settings
 from lowbit.core.errors import ArchitectureError, FormatError, RecipeError
 from lowbit.core.progress import Silent
 

@@ -17,7 +17,7 @@ from lowbit import __version__
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
 from lowbit.api.gguf_source import converted, drop_converted, opened
-from lowbit.api.quantize import Result, Settings
+from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
@@ -38,35 +38,6 @@ from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
 
 VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished artifact: where it is, its lowbit.json record, and what its making cost."""
-
-    path: Path
-    record: dict[str, Any]
-    run: dict[str, Any]
-
-    @property
-    def measurement(self) -> dict[str, Any] | None:
-        """What verification measured."""
-        return self.record.get("verification")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is carried out; none of it changes what the artifact means.
-
-    max_memory: bytes that calibration states may take before they spill to disk.
-    """
-
-    device: str = "auto"
-    max_memory: int | None = None
-    revision: str | None = None
-    verify: bool = True
-    max_kl: float | None = None
-    restart: bool = False
 
 
 def quantize(

@@ -101,8 +101,9 @@ def quantize(
 
     lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
     """
-    from lowbit.api.quantize import Settings, plan
+    from lowbit.api.quantize import plan
     from lowbit.api.quantize import quantize as run
+    from lowbit.api.run import Settings
     from lowbit.commands.progress import listener
 
     options = _options(option or [])

@@ -1,0 +1,36 @@
+"""How a run is carried out, and what it gives: what every kind of quantization has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished artifact: where it is, its lowbit.json record, and what its making cost."""
+
+    path: Path
+    record: dict[str, Any]
+    run: dict[str, Any]
+
+    @property
+    def measurement(self) -> dict[str, Any] | None:
+        """What verification measured."""
+        return self.record.get("verification")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is carried out; none of it changes what the artifact means.
+
+    max_memory: bytes that calibration states may take before they spill to disk.
+    """
+
+    device: str = "auto"
+    max_memory: int | None = None
+    revision: str | None = None
+    verify: bool = True
+    max_kl: float | None = None
+    restart: bool = False
