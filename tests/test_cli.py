@@ -102,6 +102,8 @@ def test_dry_run_names_every_layer_and_the_exact_size(artifact: Path, tiny_llama
     shown = run("quantize", tiny_llama, "--group-size", "64", "--dry-run", "--json")
     plan = json.loads(shown.stdout)
     assert len(plan["layers"]) == 21
+    assert 2**29 < plan["predicted_memory"] < 2**32
+    assert plan["predicted_seconds"] > 0
     assert plan["bytes"] == json.loads((artifact / "lowbit.json").read_text())["bytes"]
     header = int.from_bytes((artifact / "model.safetensors").read_bytes()[:8], "little")
     assert (artifact / "model.safetensors").stat().st_size == plan["bytes"] + 8 + header

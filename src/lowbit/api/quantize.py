@@ -30,6 +30,7 @@ from lowbit.evals.divergence import Measurement, measure
 from lowbit.evals.verify import check
 from lowbit.formats.reader import open_artifact
 from lowbit.methods import METHODS
+from lowbit.pipeline.estimate import Estimate, estimate
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
@@ -66,10 +67,14 @@ def quantize(
     )
 
 
-def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None) -> Plan:
-    """What quantizing would do: every layer's numbers and every tensor's size, without reading a weight."""
+def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None) -> tuple[Plan, Estimate]:
+    """What quantizing would do: every layer's numbers and every tensor's size, without reading a weight; and about how
+    much memory and time it would take here."""
     settings = settings or Settings()
-    return _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, Silent()).plan
+    run = _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, Silent())
+    text = recipe.calibration
+    expected = estimate(run.plan, run.model, text.num_samples, text.seq_len, sequential=recipe.sequential)
+    return run.plan, expected
 
 
 def recipe_for(method: str) -> Recipe:

@@ -144,7 +144,7 @@ def quantize(
             "a GGUF file's tensors are known only once the checkpoint is converted", hint="leave --dry-run out"
         )
     if dry_run:
-        _print_plan(plan(model, recipe=chosen, settings=settings), chosen, as_json)
+        _print_plan(*plan(model, recipe=chosen, settings=settings), chosen, as_json)
         return
     if output is None:
         raise RecipeError("no output was named", hint="-o DIR, or --dry-run to see what would be done")
@@ -223,7 +223,7 @@ def _bytes(text: str | None) -> int | None:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
-def _print_plan(plan: Any, recipe: Recipe, as_json: bool) -> None:
+def _print_plan(plan: Any, expected: Any, recipe: Recipe, as_json: bool) -> None:
     weights, bits = plan.quantized_bits()
     if as_json:
         layers = {
@@ -231,6 +231,7 @@ def _print_plan(plan: Any, recipe: Recipe, as_json: bool) -> None:
             for path, layer in plan.layers.items()
         }
         print(json.dumps({"bytes": plan.nbytes, "bits_per_weight": bits / max(weights, 1), "layers": layers,
+                          "predicted_memory": expected.memory, "predicted_seconds": round(expected.seconds, 1),
                           "skipped": plan.skipped, "recipe": recipe.model_dump(mode="json")}, indent=2))  # fmt: skip
         return
     from rich.console import Console
@@ -248,7 +249,11 @@ def _print_plan(plan: Any, recipe: Recipe, as_json: bool) -> None:
     console.print(f"left in 16 bits: {', '.join(plan.skipped) or 'no linear layer'}")
     if weights:
         console.print(f"{len(plan.layers)} layers, {bits / weights:.3f} bits per quantized weight with all metadata")
-    console.print(f"the artifact will take exactly {plan.nbytes / 2**20:.1f} MiB; nothing was done (--dry-run)")
+    console.print(f"the artifact will take exactly {plan.nbytes / 2**20:.1f} MiB")
+    console.print(
+        f"quantizing it here would take about {expected.seconds:.0f} s and {expected.memory / 2**30:.1f} GiB of memory, "
+        "verification apart; nothing was done (--dry-run)"
+    )
 
 
 def _print_result(result: Any) -> None:
