@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import libgguf
 import numpy as np
 import pytest
@@ -175,9 +177,10 @@ def test_truncated_data_is_refused():
         decode("Q4_K", torch.zeros(1, 143, dtype=torch.uint8), 256)
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("name", CODECS if torch.cuda.is_available() else [])
+ON_A_GPU = itertools.product(CODECS, DISTRIBUTIONS, IMPORTANCES) if torch.cuda.is_available() else ()
+
+
+@pytest.mark.parametrize(("name", "distribution", "importance"), list(ON_A_GPU))
 def test_bytes_on_a_gpu_equal_ggml(name, distribution, importance):
     g = generator(name, distribution, importance)
     weights, column_importance = DISTRIBUTIONS[distribution](g), IMPORTANCES[importance](g)
