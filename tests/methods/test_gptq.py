@@ -51,7 +51,8 @@ def literal_gptq(
 def test_column_loop_equals_the_paper(bits: int, symmetric: bool, block: int) -> None:
     weight, statistics = layer()
     scheme = WeightScheme(bits=bits, group_size=16, symmetric=symmetric)
-    damp, factor, order = _factor(statistics.gram, GptqOptions(act_order="none"))
+    damp = 0.01 * statistics.gram.diagonal().mean().item()
+    damp, factor, order = _factor(statistics.gram, GptqOptions(act_order="none"), damp)
     grid = min_max_grid(weight, scheme, torch.float32)
     groups = group_of_columns(64, scheme, CPU)
     ours = round_columns(weight.clone(), factor, grid, groups, scheme.max_code, block=block)
@@ -166,6 +167,15 @@ def test_hessian_that_is_not_positive_definite_is_damped_and_reported() -> None:
     result = quantize(weight, statistics, WeightScheme(group_size=16), GptqOptions(), torch.float16)
     assert "not positive definite" in result.notes[0]
     assert torch.isfinite(result.tensor.dequantize()).all()
+
+
+def test_rows_in_parts_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = layer()
+    whole = quantize(weight, statistics, WeightScheme(bits=3, group_size=16), GptqOptions(), torch.float16).tensor
+    monkeypatch.setattr("lowbit.methods.gptq._WEIGHTS_AT_ONCE", 5 * 64)
+    parts = quantize(weight, statistics, WeightScheme(bits=3, group_size=16), GptqOptions(), torch.float16).tensor
+    assert (whole.codes != parts.codes).float().mean() < 0.01
+    torch.testing.assert_close(whole.scale, parts.scale, rtol=0.02, atol=1e-4)
 
 
 def test_hopeless_hessian_is_an_error() -> None:

@@ -29,6 +29,8 @@ from lowbit.methods.rtn import make_qtensor
 
 ActOrder = Literal["static", "desc", "none"]
 _DAMP_RETRIES = 4
+# rows are rounded this many weights at a time on a CPU
+_WEIGHTS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def quantize(
     assert hessian is not None
     idle = hessian.diagonal() <= 0  # channels that calibration never saw: give them the mean, so they round to nearest
     hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
-    damp, inverse_factor, order = _factor(hessian, options)
-    target = _asymmetric_target(weight, hessian, statistics, options, damp)
+    damp, target = _target(weight, hessian, statistics, options)
+    damp, inverse_factor, order = _factor(hessian, options, damp)
 
     moved = scheme.reordered
     groups = _groups_of(order, scheme) if moved else group_of_columns(weight.shape[1], scheme, weight.device)
@@ -71,21 +73,47 @@ def quantize(
     # what a unit of error in a column costs once the columns after it have made up for it
     cost = torch.empty_like(hessian.diagonal())
     cost[order] = inverse_factor.diagonal().square().reciprocal()
+    # rows are independent from here on: a part of them at a time bounds the temporaries
+    rows = len(weight) if weight.is_cuda else max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    parts = [
+        _round_rows(
+            part, original, hessian, inverse_factor, order, groups, by_group, cost, damp, scheme, options, scale_dtype
+        )
+        for part, original in zip(torch.split(target, rows), torch.split(weight, rows), strict=True)
+    ]
+    codes = torch.cat([part for part, _ in parts])
+    grid = Grid(torch.cat([part.scale for _, part in parts]), torch.cat([part.zero for _, part in parts]))
+    tensor = make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None)
+    return Quantized(tensor, _notes(damp, hessian, options))
+
+
+def _round_rows(
+    target: Tensor,
+    weight: Tensor,
+    hessian: Tensor,
+    inverse_factor: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    by_group: Tensor,
+    cost: Tensor,
+    damp: float,
+    scheme: WeightScheme,
+    options: GptqOptions,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Grid]:
+    """Codes [rows, in] uint8 and grid of some rows."""
     if options.search:
         grid = search_grid(target[:, by_group], scheme, scale_dtype, cost[by_group])
     else:
         grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
-
-    codes = torch.empty_like(weight)
+    codes = torch.empty_like(target)
     codes[:, order] = round_columns(target[:, order], inverse_factor, grid, groups[order], scheme.max_code)
-    del inverse_factor
     hessian.diagonal().add_(damp)
     for _ in range(options.refine):
         grid = Grid(fit_scales(target, codes, grid, groups, hessian, scale_dtype), grid.zero)
         codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
     hessian.diagonal().sub_(damp)
-    tensor = make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None)
-    return Quantized(tensor, _notes(damp, hessian, options))
+    return codes.to(torch.uint8), grid
 
 
 def round_columns(
@@ -112,25 +140,34 @@ def round_columns(
     return codes
 
 
-def _factor(hessian: Tensor, options: GptqOptions) -> tuple[float, Tensor, Tensor]:
+def _factor(hessian: Tensor, options: GptqOptions, damp: float) -> tuple[float, Tensor, Tensor]:
     """(damping, upper Cholesky factor of the inverse of the damped and ordered Hessian, order of columns)."""
     diagonal = hessian.diagonal()
     order = torch.arange(len(diagonal), device=hessian.device)
     if options.act_order != "none":
         order = torch.argsort(diagonal, descending=True, stable=True)
-    mean = diagonal.mean().item()
     for retry in range(_DAMP_RETRIES):
-        damp = options.percdamp * 10**retry * mean
-        # one matrix is reused throughout: at a 7B's down projection each copy is half a GiB
+        raised = damp * 10**retry
+        # one matrix is overwritten throughout: at a 7B's down projection each copy is half a GiB
         matrix = hessian[order[:, None], order]
-        matrix.diagonal().add_(damp)
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if failed.item():
+        if not _cholesky_(matrix, raised):
             continue
-        matrix, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(matrix), upper=True)
-        if not failed.item() and torch.isfinite(matrix).all():
-            return damp, matrix, order
-    raise CalibrationError(
+        torch.cholesky_inverse(matrix, out=matrix)
+        if _cholesky_(matrix, 0.0, upper=True) and torch.isfinite(matrix.diagonal()).all():
+            return raised, matrix, order
+    raise _hopeless()
+
+
+def _cholesky_(matrix: Tensor, damp: float, *, upper: bool = False) -> bool:
+    """Overwrite a symmetric matrix with the Cholesky factor of matrix + damp I; False when it is not positive definite."""
+    matrix.diagonal().add_(damp)
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return not failed.item()
+
+
+def _hopeless() -> CalibrationError:
+    return CalibrationError(
         "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
         hint="calibrate on other or more text (--dataset, --num-samples), or use --method rtn",
     )
@@ -152,17 +189,18 @@ def _groups_of(order: Tensor, scheme: WeightScheme) -> Tensor:
     return groups
 
 
-def _asymmetric_target(
-    weight: Tensor, hessian: Tensor, statistics: InputStatistics, options: GptqOptions, damp: float
-) -> Tensor:
-    """The weights W* that best turn arriving inputs X into the original outputs W X0: W* = W + W (X0 - X) X^T (H + d)^-1."""
+def _target(weight: Tensor, hessian: Tensor, statistics: InputStatistics, options: GptqOptions) -> tuple[float, Tensor]:
+    """The damping, and the weights W* that best turn arriving inputs X into the original outputs W X0:
+    W* = W + W (X0 - X) X^T (H + d)^-1."""
+    damp = options.percdamp * hessian.diagonal().mean().item()
     if not options.asymmetric or statistics.cross is None:
-        return weight
-    damped = hessian.clone()
-    damped.diagonal().add_(damp)
-    difference = weight @ statistics.cross
-    correction = torch.cholesky_solve(difference.T, torch.linalg.cholesky(damped)).T
-    return weight + options.asymmetric * correction
+        return damp, weight
+    for retry in range(_DAMP_RETRIES):
+        factor = hessian.clone()
+        if _cholesky_(factor, damp * 10**retry):
+            correction = torch.cholesky_solve((weight @ statistics.cross).T, factor).T
+            return damp * 10**retry, correction.mul_(options.asymmetric).add_(weight)
+    raise _hopeless()
 
 
 METHOD = Method(
