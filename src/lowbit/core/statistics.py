@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# tokens converted to float32 at a time on a CPU: a 7B's down projection takes 43 KiB for each
+_WIDENED = 1024
+
 
 class InputStatistics:
     """Sums over calibration tokens x [in] of the inputs of one or more linear layers that share them.
@@ -68,8 +71,9 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     elif left.dtype == torch.bfloat16:
         with _bfloat16_products():
-            wide = right.float()
-            total.addmm_((wide if left is right else left.float()).T, wide)
+            for part, other in zip(torch.split(left, _WIDENED), torch.split(right, _WIDENED), strict=True):
+                wide = other.float()
+                total.addmm_((wide if left is right else part.float()).T, wide)
     else:
         total.addmm_(left.float().T, right.float())
 

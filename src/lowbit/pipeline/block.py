@@ -26,6 +26,8 @@ from lowbit.pipeline.plan import LayerPlan, TransformPlan, needs_input_scale
 ScaleDtype = Callable[[LayerPlan], torch.dtype]
 # tokens whose inputs are kept as they are, for methods and transforms that ask for a sample
 _SAMPLED_TOKENS = 512
+# rows whose error is measured at a time: bounds the temporaries
+_ROWS = 1024
 
 
 @dataclass
@@ -120,18 +122,18 @@ def _quantize_stack(
 ) -> None:
     """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
     plan = job.layers[f"{job.path}.{names[0]}"]
-    weights = [job.matrix(name) for name in names]
-    stacked = torch.cat(weights)
+    stacked = job.matrix(names[0]) if len(names) == 1 else torch.cat([job.matrix(name) for name in names])
     dtype = job.scale_dtype(plan)
     quantized: Quantized = plan.method.quantize(stacked, statistics, plan.scheme.weights, plan.options, dtype)
     if statistics is not None and needs_input_scale(plan.scheme):
         quantized = with_input_scale(quantized, statistics, plan.scheme, dtype)
     start = 0
-    for name, weight in zip(names, weights, strict=True):
-        tensor = rows_of(quantized.tensor, start, start + len(weight))
-        start += len(weight)
-        dense = tensor.dequantize(torch.float32)
+    for name in names:
         path = f"{job.path}.{name}"
+        stop = start + job.layers[path].shape[0]
+        weight, tensor = stacked[start:stop], rows_of(quantized.tensor, start, stop)
+        start = stop
+        dense = tensor.dequantize(torch.float32)
         result.tensors[path] = tensor
         result.errors[path] = relative_error(weight, dense, statistics)
         if quantized.notes:
@@ -148,11 +150,16 @@ def place_weight(model: StreamedModel, module: nn.Module, name: str, dense: Tens
 
 def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
     """Share of the layer's output power that rounding changed: |(W - Q) X|^2 / |W X|^2; without statistics, of the weights."""
-    difference = weight - quantized
-    if statistics is None or statistics.gram is None:
-        return (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()
-    changed = ((difference @ statistics.gram) * difference).sum()
-    return (changed / ((weight @ statistics.gram) * weight).sum().clamp_min(1e-30)).item()
+    gram = None if statistics is None else statistics.gram
+
+    def power(rows: Tensor) -> Tensor:
+        return rows.square().sum() if gram is None else ((rows @ gram) * rows).sum()
+
+    changed = total = torch.zeros((), device=weight.device)
+    for original, rounded in zip(torch.split(weight, _ROWS), torch.split(quantized, _ROWS), strict=True):
+        changed = changed + power(original - rounded)
+        total = total + power(original)
+    return (changed / total.clamp_min(1e-30)).item()
 
 
 def rows_of(tensor: QTensor, start: int, stop: int) -> QTensor:
