@@ -8,6 +8,7 @@
     ├── FormatError         a scheme does not fit a format, or stored data breaks the format
     ├── ResumeError         an interrupted run cannot be continued with what is asked now
     ├── VerificationError   the artifact was read back and is not good enough
+    ├── EvaluationError     a task's data, or an endpoint that is asked, is missing, broken or cannot give what is needed
     ├── SideEnvironmentError a side environment is missing, broken or could not be made
     └── OutputError         the output cannot be written: no space, no permission, already there
 
@@ -61,6 +62,10 @@ class VerificationError(LowbitError):
     """The artifact was read back and is not good enough."""
 
     exit_code = 3
+
+
+class EvaluationError(LowbitError):
+    """A task's data or an endpoint cannot be used."""
 
 
 class SideEnvironmentError(LowbitError):
