@@ -98,6 +98,13 @@ class ShardedWriter:
             self._places[name] = (file, offset, spec)
 
 
+def stored_bytes(layout: Mapping[str, TensorSpec]) -> int:
+    """Bytes of all shards of an artifact, headers and all."""
+    return sum(
+        len(_header(shard.tensors)) + sum(spec.nbytes for spec in shard.tensors.values()) for shard in _divide(layout)
+    )
+
+
 def _divide(layout: Mapping[str, TensorSpec]) -> list[_Shard]:
     groups: list[dict[str, TensorSpec]] = [{}]
     room = MAX_SHARD
