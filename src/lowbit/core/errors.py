@@ -10,6 +10,7 @@
     ├── VerificationError   the artifact was read back and is not good enough
     ├── EvaluationError     a task's data, or an endpoint that is asked, is missing, broken or cannot give what is needed
     ├── SideEnvironmentError a side environment is missing, broken or could not be made
+    ├── ServeError          a runtime is missing, cannot serve the artifact, or ended
     └── OutputError         the output cannot be written: no space, no permission, already there
 
 A message is one sentence that says the cause and what was done about it; `hint` names the knob.
@@ -70,6 +71,10 @@ class EvaluationError(LowbitError):
 
 class SideEnvironmentError(LowbitError):
     """A side environment is missing, broken or could not be made."""
+
+
+class ServeError(LowbitError):
+    """A runtime is missing, cannot serve the artifact, or ended."""
 
 
 class OutputError(LowbitError):
