@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -53,3 +54,26 @@ def _resident_peak_kib() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def matrix_rate(device: torch.device | None = None, dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> float:
+    """Operations a second of a matrix product on this machine, now."""
+    left = torch.randn(1024, 1024, device=device, dtype=dtype)
+    left @ left
+    started, rounds = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds or rounds == 0:
+        (left @ left)[0, 0].item()
+        rounds += 1
+    return rounds * 2 * 1024**3 / passed
+
+
+def read_bandwidth(seconds: float = 0.5, nbytes: int = 256 * 2**20) -> float:
+    """Bytes a second that this machine's processors read from memory together, now: the best of passes over a buffer that
+    no cache holds."""
+    data = torch.ones(nbytes // 4, dtype=torch.float32)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        started = time.perf_counter()
+        data.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return nbytes / best

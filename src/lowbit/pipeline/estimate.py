@@ -3,11 +3,11 @@ machine does in a quarter of a second of matrix products. For `--dry-run`; good 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+from lowbit.core.hardware import matrix_rate
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.plan import LayerPlan, Plan
 
@@ -37,7 +37,7 @@ def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, seq
     exact = sum(_method_operations(group) for group in groups)
     fast = passes * 2 * block * count + sum(streams * 2 * group[0].shape[1] ** 2 * count for group in groups if count)
     blocks = len(model.blocks)
-    seconds = blocks * (fast / _rate(model.device, model.dtype) + exact / _rate(model.device, torch.float32))
+    seconds = blocks * (fast / matrix_rate(model.device, model.dtype) + exact / matrix_rate(model.device, torch.float32))
     memory = stored + states + working + (_LIBRARIES if model.device.type == "cpu" else 0)
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
 
@@ -64,14 +64,3 @@ def _method_operations(group: list[LayerPlan]) -> float:
     if not group[0].method.needs(group[0].options).gram:
         return 300.0 * rows * columns
     return 3.0 * columns**3 + 12.0 * rows * columns**2 + 300.0 * rows * columns
-
-
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product on this machine, now."""
-    left = torch.randn(1024, 1024, device=device, dtype=dtype)
-    left @ left
-    started, rounds = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < 0.25 or rounds == 0:
-        (left @ left)[0, 0].item()
-        rounds += 1
-    return rounds * 2 * 1024**3 / passed
