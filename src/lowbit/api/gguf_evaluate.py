@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
@@ -14,7 +13,9 @@ from lowbit.core.progress import Progress, Silent
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.text import first_windows
 from lowbit.core.tokenizer import load_tokenizer
-from lowbit.evals.llama_cpp import LlamaCppMeasurement, measure_llama_cpp
+from lowbit.evals.llama_cpp import LISTED, embedded_server
+from lowbit.evals.served import ServedDivergence, measure_served
+from lowbit.evals.tasks.endpoint import Endpoint
 
 
 def evaluate_llama_cpp(
@@ -26,7 +27,7 @@ def evaluate_llama_cpp(
     context: int = 128,
     device: str = "auto",
     progress: Progress | None = None,
-) -> tuple[LlamaCppMeasurement, float]:
+) -> tuple[ServedDivergence, float]:
     """Compare what llama.cpp itself predicts with the base's predictions in float32, token by token; and, second, the KL
     divergence of the dequantized weights on the same tokens.
 
@@ -36,14 +37,15 @@ def evaluate_llama_cpp(
     checkpoint = open_checkpoint(base)
     tokens = first_windows(dataset, load_tokenizer(checkpoint), windows, context)
     place = pick_device(device)
-    expected = _log_probs(StreamedModel(checkpoint, place, torch.float32), tokens)
-    dequantized = GgufCheckpoint(Path(file), checkpoint.config, torch.float32)
-    dense = _log_probs(StreamedModel(dequantized, place, torch.float32), tokens)
-    kl = (expected.exp() * (expected - dense)).sum(-1).mean().item()
-    return measure_llama_cpp(Path(file), tokens, expected, progress or Silent()), kl
-
-
-def _log_probs(model: StreamedModel, tokens: Tensor) -> Tensor:
-    """[windows, tokens, vocabulary] float32 on the CPU."""
-    with torch.no_grad(), model.whole() as whole:
-        return torch.cat([whole(input_ids=row[None].to(model.device)).logits.log_softmax(-1).cpu() for row in tokens])
+    dense = StreamedModel(GgufCheckpoint(Path(file), checkpoint.config, torch.float32), place, torch.float32)
+    with embedded_server(Path(file), context + 8) as address:
+        found = measure_served(
+            Endpoint(address),
+            StreamedModel(checkpoint, place, torch.float32),
+            dense,
+            tokens,
+            progress or Silent(),
+            listed=LISTED,
+        )
+    assert found.dense_kl is not None
+    return found, found.dense_kl

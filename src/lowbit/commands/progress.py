@@ -70,7 +70,7 @@ class Bar(Quiet):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[note]}"),
-            console=Console(stderr=True),
+            console=Console(file=sys.stderr),  # this stream, even while a library's own bars are kept from it
         )
         self.bar.start()
         return self

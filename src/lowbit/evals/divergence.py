@@ -6,9 +6,11 @@ KL is that of the base's next-token distribution from the candidate's, in nats, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from torch import Tensor
 from lowbit.core.errors import VerificationError
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.evals.state_cache import cached_states, fresh_states
 
 _SLICE_TOKENS = 512
+_WORST = 40
+_LOWEST, _HIGHEST, _BINS = -8.0, 2.0, 40
 _BATCH_TOKENS = 2048
 
 
@@ -49,16 +54,69 @@ class Measurement:
         return {name: value for name, value in self.__dict__.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class WorstToken:
+    """A prediction that moved far: where, by how much (nats), and both models' first choices with their probabilities."""
+
+    window: int
+    position: int
+    kl: float
+    base_choice: int
+    base_probability: float
+    choice: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Details:
+    """Beyond the means. histogram: counts of tokens by log10 of their KL, `_BINS` bins of equal width from `low` to `high`,
+    what is beyond counted in the outer ones. worst: the tokens with the largest KL."""
+
+    measurement: Measurement
+    low: float
+    high: float
+    histogram: list[int]
+    worst: list[WorstToken]
+
+
 def measure(
-    candidate: StreamedModel, windows: Tensor, progress: Progress, *, base: StreamedModel | None = None
+    candidate: StreamedModel,
+    windows: Tensor,
+    progress: Progress,
+    *,
+    base: StreamedModel | None = None,
+    cache: Path | None = None,
 ) -> Measurement:
     """Measure a model on token windows [windows, context], and against `base` when it is given.
 
+    cache: a directory for the base's last hidden states; the next artifact on the same tokens then costs no base pass.
     Raises VerificationError when the logits hold NaN or infinity.
     """
+    return measure_details(candidate, windows, progress, base=base, cache=cache).measurement
+
+
+def measure_details(
+    candidate: StreamedModel,
+    windows: Tensor,
+    progress: Progress,
+    *,
+    base: StreamedModel | None = None,
+    cache: Path | None = None,
+) -> Details:
+    """`measure`, with the distribution over tokens and the worst of them."""
     models = [candidate] if base is None else [base, candidate]
     progress.start("measure", sum(len(model.blocks) for model in models) + len(windows))
-    states = [_last_states(model, windows, progress) for model in models]
+    states = []
+    for model in models:
+        fill = functools.partial(_last_states, model, windows, progress)
+        if model is base and cache is not None:
+            kept, known = cached_states(cache, model, windows, fill)
+            states.append(kept)
+            for _ in model.blocks if known else ():
+                progress.advance()
+        else:
+            states.append(fresh_states(model, windows))
+            fill(states[-1])
     totals = _Totals()
     with torch.no_grad(), _all_outside(models):
         for index, window in enumerate(windows):
@@ -70,23 +128,22 @@ def measure(
                 ]
                 totals.add(log_probs, targets)
             progress.advance()
-    return totals.measurement(*windows.shape)
+    return totals.details(*windows.shape)
 
 
-def _last_states(model: StreamedModel, windows: Tensor, progress: Progress) -> Tensor:
-    """Hidden states after the last block [windows, context, hidden], on the CPU."""
+def _last_states(model: StreamedModel, windows: Tensor, progress: Progress, states: Tensor) -> None:
+    """Put the hidden states after the last block into `states` [windows, context, hidden], on the CPU."""
     batch = max(1, _BATCH_TOKENS // windows.shape[1])
-    batches = windows.split(batch)
     with torch.no_grad():
         with model.outside():
-            states = torch.cat([model.embed(ids).cpu() for ids in batches])
+            for start in range(0, len(windows), batch):
+                states[start : start + batch] = model.embed(windows[start : start + batch]).cpu()
         for index in range(len(model.blocks)):
             with model.block(index) as block:
                 for start in range(0, len(windows), batch):
                     part = states[start : start + batch]
                     states[start : start + batch] = model.run_block(index, block, part.to(model.device)).cpu()
             progress.advance()
-    return states
 
 
 class _all_outside:  # noqa: N801 - reads as a statement
@@ -118,13 +175,35 @@ class _Totals:
         self.nll: list[list[Tensor]] = []
         self.kl: list[Tensor] = []
         self.agree: list[Tensor] = []
+        self.choices: list[Tensor] = []  # [2, tokens], base first
+        self.chosen: list[Tensor] = []  # their probabilities
 
     def add(self, log_probs: Sequence[Tensor], targets: Tensor) -> None:
         self.nll.append([-log.gather(1, targets[:, None])[:, 0].cpu() for log in log_probs])
         if len(log_probs) == 2:
             base, candidate = log_probs
             self.kl.append((base.exp() * (base - candidate)).sum(-1).cpu())
-            self.agree.append((base.argmax(-1) == candidate.argmax(-1)).float().cpu())
+            tops = [log.max(-1) for log in log_probs]
+            self.agree.append((tops[0].indices == tops[1].indices).float().cpu())
+            self.choices.append(torch.stack([top.indices for top in tops]).int().cpu())
+            self.chosen.append(torch.stack([top.values for top in tops]).exp().cpu())
+
+    def details(self, windows: int, context: int) -> Details:
+        measurement = self.measurement(windows, context)
+        if not self.kl:
+            return Details(measurement, _LOWEST, _HIGHEST, [], [])
+        kl = torch.cat(self.kl)
+        logs = kl.clamp_min(1e-30).log10().clamp(_LOWEST, _HIGHEST - 1e-6)
+        histogram = torch.histc(logs, _BINS, _LOWEST, _HIGHEST).int().tolist()
+        choices, chosen = torch.cat(self.choices, 1), torch.cat(self.chosen, 1)
+        worst = [
+            WorstToken(
+                index // (context - 1), index % (context - 1), kl[index].item(),
+                int(choices[0, index]), chosen[0, index].item(), int(choices[1, index]), chosen[1, index].item(),
+            )
+            for index in kl.topk(min(_WORST, len(kl))).indices.tolist()
+        ]  # fmt: skip
+        return Details(measurement, _LOWEST, _HIGHEST, histogram, worst)
 
     def measurement(self, windows: int, context: int) -> Measurement:
         columns = [torch.cat(column).double() for column in zip(*self.nll, strict=True)]
