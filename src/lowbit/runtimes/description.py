@@ -27,7 +27,8 @@ class ServeOptions:
     sequence, prompt and answer; None leaves it to the runtime. parallel: sequences at once. threads: CPU threads; None
     leaves it to the runtime. device: "cpu" or "cuda". gpu_layers: llama.cpp's, "auto" or a number. gpu_memory: share of
     the GPU's memory for vLLM and TensorRT-LLM. tensor_parallel: GPUs. cache_gib: KV cache of a server on CPU, in GiB.
-    dtype: of unquantized tensors; None is the artifact's. bitsandbytes: quantize while loading. extra: appended as it is.
+    dtype: of unquantized tensors; None is the artifact's. bitsandbytes: quantize while loading (transformers only).
+    drain: seconds to finish running requests after SIGTERM. extra: appended as it is.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class ServeOptions:
     cache_gib: int = 1
     dtype: str | None = None
     bitsandbytes: BitsAndBytes | None = None
+    drain: int = 30
     extra: tuple[str, ...] = ()
 
 

@@ -17,8 +17,6 @@ def command(artifact: Artifact, options: ServeOptions) -> list[str]:
     """Arguments of our launcher."""
     argv = ["--model", artifact.location, "--name", options.name or artifact.name]
     argv += ["--host", options.host, "--port", str(options.port), "--device", options.device]
-    if options.context is not None:
-        argv += ["--context", str(options.context)]
     if options.threads is not None:
         argv += ["--threads", str(options.threads)]
     if options.dtype is not None:

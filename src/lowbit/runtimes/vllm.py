@@ -22,8 +22,8 @@ def command(artifact: Artifact, options: ServeOptions) -> list[str]:
         argv += ["--max-model-len", str(options.context)]
     if options.dtype is not None:
         argv += ["--dtype", options.dtype]
-    if options.bitsandbytes is not None:
-        argv += ["--quantization", "bitsandbytes"]
+    # without it SIGTERM cuts off what is being answered
+    argv += ["--shutdown-timeout", str(options.drain)]
     if options.device == "cpu":
         # compiling takes minutes on a CPU and pays back only for servers that run for days
         return [*argv, "--enforce-eager"]
