@@ -58,6 +58,11 @@ class InputStatistics:
             self.sample = torch.cat(self._samples)
             self._samples.clear()
 
+    def take_cross(self) -> Tensor | None:
+        """The cross matrix, handed over: it is used once, and at a 7B's down projection it is half a GiB."""
+        cross, self.cross = self.cross, None
+        return cross
+
 
 def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [m, n] float32 += left^T right, for left [tokens, m] and right [tokens, n], summed in float32.

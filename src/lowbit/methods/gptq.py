@@ -152,17 +152,20 @@ def _factor(hessian: Tensor, options: GptqOptions, damp: float) -> tuple[float, 
         matrix = hessian[order[:, None], order]
         if not _cholesky_(matrix, raised):
             continue
-        torch.cholesky_inverse(matrix, out=matrix)
+        torch.cholesky_inverse(matrix.mT, upper=True, out=matrix.mT)
         if _cholesky_(matrix, 0.0, upper=True) and torch.isfinite(matrix.diagonal()).all():
             return raised, matrix, order
     raise _hopeless()
 
 
 def _cholesky_(matrix: Tensor, damp: float, *, upper: bool = False) -> bool:
-    """Overwrite a symmetric matrix with the Cholesky factor of matrix + damp I; False when it is not positive definite."""
+    """Overwrite a symmetric matrix with the Cholesky factor of matrix + damp I; False when it is not positive definite.
+
+    Seen from its transpose the matrix is in LAPACK's own order, so that no copy is made of it.
+    """
     matrix.diagonal().add_(damp)
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    torch.linalg.cholesky_ex(matrix.mT, upper=not upper, out=(matrix.mT, failed))
     return not failed.item()
 
 
@@ -193,12 +196,17 @@ def _target(weight: Tensor, hessian: Tensor, statistics: InputStatistics, option
     """The damping, and the weights W* that best turn arriving inputs X into the original outputs W X0:
     W* = W + W (X0 - X) X^T (H + d)^-1."""
     damp = options.percdamp * hessian.diagonal().mean().item()
-    if not options.asymmetric or statistics.cross is None:
+    cross = statistics.take_cross() if options.asymmetric else None
+    if cross is None:
         return damp, weight
+    correction = weight @ cross
+    del cross
     for retry in range(_DAMP_RETRIES):
         factor = hessian.clone()
         if _cholesky_(factor, damp * 10**retry):
-            correction = torch.cholesky_solve((weight @ statistics.cross).T, factor).T
+            # two triangular solves in place: X L L^T = W (X0 - X) X^T
+            torch.linalg.solve_triangular(factor.mT, correction, upper=True, left=False, out=correction)
+            torch.linalg.solve_triangular(factor, correction, upper=False, left=False, out=correction)
             return damp * 10**retry, correction.mul_(options.asymmetric).add_(weight)
     raise _hopeless()
 

@@ -7,6 +7,7 @@ it will really be given. Transforms come first, and see the whole block as it wa
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -93,10 +94,11 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
     for number, step in enumerate(steps):
         statistics = _statistics(job, step, known, stale=sequential and number > 0)
         for group in step:
-            for stack in _stacks(job, group):
+            shared, stacks = statistics.pop(group[0], None), _stacks(job, group)
+            for stack in stacks:
                 note(f"{job.path} {', '.join(name.rpartition('.')[2] for name in stack)}")
-                _quantize_stack(job, stack, statistics.get(group[0]), result)
-            statistics.pop(group[0], None)
+                # methods may empty what they are given: only the last stack gets the statistics themselves
+                _quantize_stack(job, stack, shared if stack is stacks[-1] else copy.copy(shared), result)
     return result
 
 
