@@ -15,7 +15,7 @@ from lowbit.api.memory import Model, serving_memory
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import ArchitectureError, CheckpointError, RecipeError, ServeError
 from lowbit.environments import child_variables
-from lowbit.recommend.memory import Load, MemoryParts, Place, largest_context
+from lowbit.recommend.memory import PARTS, Load, MemoryParts, Place, largest_context
 from lowbit.runtimes.artifact import Artifact, read_artifact
 from lowbit.runtimes.checksums import changed_files
 from lowbit.runtimes.choose import Choice, choose
@@ -86,9 +86,10 @@ def plan(
 ) -> ServePlan:
     """Check everything that can be known before a byte of weights is loaded, and choose the runtime.
 
-    model: artifact or checkpoint directory, .gguf file or hub id. options: their `device` and, where it is None, `context`
-    and `threads` are filled in here; port 0 picks a free one. program: see runtimes.installed.program_of. verify: compare
-    an artifact's files with its checksums. Raises LowbitError subclasses, with what would do instead.
+    model: artifact or checkpoint directory, .gguf file or hub id. options: `device` is filled in here, and so are `context`
+    and `threads` where they are None; port 0 picks a free one, tensor_parallel 0 as few GPUs as the model fits on. program:
+    see runtimes.installed.program_of. verify: compare an artifact's files with its checksums. Raises LowbitError
+    subclasses, with what would do instead.
     """
     asked = options or ServeOptions()
     here = machine or this_machine()
@@ -106,9 +107,9 @@ def plan(
         raise RecipeError("only the transformers runtime quantizes while loading", hint="--runtime transformers")
     _require_key(choice, asked.host, key, insecure)
     filled = _filled(asked, artifact, choice, here)
-    memory, budget = _memory(artifact, choice, filled, here)
+    filled, memory, budget = _memory(artifact, choice, filled, here)
     if memory is not None and choice.device == "cpu":
-        filled = replace(filled, cache_gib=max(asked.cache_gib, math.ceil(memory.cache / _GIB)))
+        filled = replace(filled, cache_gib=asked.cache_gib or math.ceil(memory.cache / _GIB))
     require_free(filled.host, filled.port)
     return ServePlan(artifact, choice, filled, memory, budget, key)
 
@@ -193,39 +194,65 @@ def _filled(asked: ServeOptions, artifact: Artifact, choice: Choice, machine: Ma
 
 
 def _memory(
-    artifact: Artifact, choice: Choice, options: ServeOptions, machine: Machine
-) -> tuple[MemoryParts | None, int]:
-    """Predicted memory and what there is. Raises ServeError, with what would fit, when it is too little."""
-    gpu = choice.device == "cuda"
-    place: Place = "gpu" if gpu else "cpu"
-    budget = machine.memory
-    if gpu:
-        devices = machine.gpus[: options.tensor_parallel]
-        budget = sum(min(device.free, int(device.memory * options.gpu_memory)) for device in devices)
-    context = options.context or DEFAULT_CONTEXT
+    artifact: Artifact, choice: Choice, asked: ServeOptions, machine: Machine
+) -> tuple[ServeOptions, MemoryParts | None, int]:
+    """The options with the GPUs it takes, predicted memory and what there is. Raises ServeError, with what would fit, when
+    it is too little."""
+    counts = [asked.tensor_parallel] if asked.tensor_parallel else _gpu_counts(artifact, choice, machine)
+    for count in counts:
+        options = replace(asked, tensor_parallel=count)
+        budget = _budget(choice, options, machine)
+        need = _need(artifact, choice, options)
+        if need is None or need.total <= budget:
+            return options, need, budget
+    assert need is not None
+    raise _too_little(artifact, choice, options, need, budget)
+
+
+def _gpu_counts(artifact: Artifact, choice: Choice, machine: Machine) -> list[int]:
+    """Numbers of GPUs that divide the attention heads, few first; 1 where the runtime does not split a model so."""
+    if choice.device == "cpu" or choice.runtime.name not in ("vllm", "tensorrt-llm"):
+        return [1]
+    heads = int(artifact.config.get("num_attention_heads") or 1)
+    return [count for count in range(1, len(machine.gpus) + 1) if count == 1 or heads % count == 0]
+
+
+def _budget(choice: Choice, options: ServeOptions, machine: Machine) -> int:
+    if choice.device == "cpu":
+        return machine.memory
+    # llama.cpp and transformers spread a model over all GPUs by themselves
+    split = choice.runtime.name in ("vllm", "tensorrt-llm")
+    gpus = machine.gpus[: options.tensor_parallel] if split else machine.gpus
+    return sum(min(gpu.free, int(gpu.memory * options.gpu_memory)) for gpu in gpus)
+
+
+def _need(artifact: Artifact, choice: Choice, options: ServeOptions) -> MemoryParts | None:
+    """None for a family or runtime that the memory model does not know: the runtime will say."""
+    place: Place = "gpu" if choice.device == "cuda" else "cpu"
     try:
-        need = serving_memory(artifact.location, runtime=choice.runtime.name, place=place, context=context,
-                              concurrency=options.parallel, devices=options.tensor_parallel)  # fmt: skip
-        shape = Model(artifact.location).shape
-    except (ArchitectureError, RecipeError, KeyError):
-        return None, budget  # a family that the memory model does not know; the runtime will say
-    # bitsandbytes makes the weights smaller while they are loaded, one at a time
-    if options.bitsandbytes is not None:
-        need = replace(need, weights=need.weights * options.bitsandbytes.bits // 16)
-    if need.total <= budget:
-        return need, budget
-    fits = largest_context(need.weights, shape, Load(context, options.parallel), choice.runtime.name, place, budget,
+        need = serving_memory(artifact.location, runtime=choice.runtime.name, place=place,
+                              context=options.context or DEFAULT_CONTEXT, concurrency=options.parallel,
+                              devices=options.tensor_parallel)  # fmt: skip
+    except (ArchitectureError, RecipeError):
+        return None
+    if options.bitsandbytes is not None:  # weights shrink while they are loaded, one by one
+        return replace(need, weights=need.weights * options.bitsandbytes.bits // 16)
+    return need
+
+
+def _too_little(
+    artifact: Artifact, choice: Choice, options: ServeOptions, need: MemoryParts, budget: int
+) -> ServeError:
+    context = options.context or DEFAULT_CONTEXT
+    fits = largest_context(need.weights, Model(artifact.location).shape, Load(context, options.parallel),
+                           choice.runtime.name, "gpu" if choice.device == "cuda" else "cpu", budget,
                            options.tensor_parallel)  # fmt: skip
     knobs = [f"--context {fits}"] if fits else []
     if options.parallel > 1:
         knobs.append("a smaller --parallel")
-    if gpu and len(machine.gpus) > options.tensor_parallel:
-        knobs.append(f"--tensor-parallel {len(machine.gpus)}")
     knobs.append("fewer bits (lowbit recommend), or a machine with more memory")
-    parts = ", ".join(
-        f"{name} {getattr(need, name) / _GIB:.2f}" for name in ("weights", "cache", "activations", "overhead")
-    )
-    raise ServeError(
+    parts = ", ".join(f"{part} {getattr(need, part) / _GIB:.2f}" for part in PARTS)
+    return ServeError(
         f"{artifact.name} needs about {need.total / _GIB:.2f} GiB in {choice.runtime.title} at {options.parallel} x "
         f"{context} tokens ({parts}), and {budget / _GIB:.2f} GiB are free; nothing was started",
         hint=", ".join(knobs),

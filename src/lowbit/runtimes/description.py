@@ -26,9 +26,9 @@ class ServeOptions:
     host, port: where it listens. name: what clients call the model; None takes the artifact's. context: tokens of one
     sequence, prompt and answer; None leaves it to the runtime. parallel: sequences at once. threads: CPU threads; None
     leaves it to the runtime. device: "cpu" or "cuda". gpu_layers: llama.cpp's, "auto" or a number. gpu_memory: share of
-    the GPU's memory for vLLM and TensorRT-LLM. tensor_parallel: GPUs. cache_gib: KV cache of a server on CPU, in GiB.
-    dtype: of unquantized tensors; None is the artifact's. bitsandbytes: quantize while loading (transformers only).
-    drain: seconds to finish running requests after SIGTERM. extra: appended as it is.
+    the GPU's memory for vLLM and TensorRT-LLM. tensor_parallel: GPUs that share the model. cache_gib: KV cache of vLLM on
+    a CPU, in GiB; 0 is 1. dtype: of unquantized tensors; None is the artifact's. bitsandbytes: quantize while loading
+    (transformers only). drain: seconds to finish running requests after SIGTERM. extra: appended as it is.
     """
 
     host: str = "127.0.0.1"
@@ -41,7 +41,7 @@ class ServeOptions:
     gpu_layers: str = "auto"
     gpu_memory: float = 0.9
     tensor_parallel: int = 1
-    cache_gib: int = 1
+    cache_gib: int = 0
     dtype: str | None = None
     bitsandbytes: BitsAndBytes | None = None
     drain: int = 30

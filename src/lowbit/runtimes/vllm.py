@@ -37,7 +37,7 @@ def variables(artifact: Artifact, options: ServeOptions) -> dict[str, str]:
     """No telemetry; on a CPU, how much memory the KV cache takes (GiB) and which cores."""
     chosen = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if options.device == "cpu":
-        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(options.cache_gib)
+        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(options.cache_gib or 1)
         if options.threads is not None:
             chosen["OMP_NUM_THREADS"] = str(options.threads)
     return chosen
