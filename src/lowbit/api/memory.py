@@ -18,7 +18,7 @@ from lowbit.methods.kquants.policy import TensorInfo
 from lowbit.pipeline.plan import make_plan
 from lowbit.pipeline.writer import stored_bytes
 from lowbit.recipe import Recipe
-from lowbit.recommend.gguf_size import gguf_bytes, gguf_tensors, vocabulary_bytes
+from lowbit.recommend.gguf_size import gguf_bytes, gguf_tensors, repacked_bytes, vocabulary_bytes
 from lowbit.recommend.memory import Load, MemoryParts, Place, serving_parts
 from lowbit.recommend.shape import ModelShape, shape_of_config, shape_of_gguf
 from lowbit.recommend.source import open_shapes
@@ -29,12 +29,14 @@ _META = torch.device("cpu")
 @dataclass(frozen=True)
 class Size:
     """An artifact's size, predicted. file: bytes of the weight files. weights: bytes of their tensors, which serving loads.
-    recipe: what gives it. flags: what has to be said besides the method, for the model's shapes to fit."""
+    recipe: what gives it. flags: what has to be said besides the method, for the model's shapes to fit. repacked: bytes of
+    tensors that llama.cpp's CPU kernels hold twice."""
 
     file: int
     weights: int
     recipe: Recipe
     flags: str = ""
+    repacked: int = 0
 
 
 class Model:
@@ -83,12 +85,18 @@ class Model:
             return sum(tensor.nbytes for tensor in self.gguf.tensors.values())
         return sum(spec.nbytes for spec in self.checkpoint.tensors.values())
 
+    @property
+    def repacked(self) -> int:
+        """Bytes of tensors that llama.cpp's CPU kernels hold twice, as they are."""
+        tensors = self.gguf.tensors if self.gguf is not None else {}
+        return repacked_bytes({name: (tensor.ggml_type, tensor.nbytes) for name, tensor in tensors.items()})
+
     def size(self, method: str | Recipe) -> Size:
         """The artifact that `lowbit quantize --method` gives. Raises LowbitError where that would refuse."""
         recipe = recipe_for(method) if isinstance(method, str) else method
         if recipe.format == "gguf":
-            file, weights = gguf_bytes(recipe.method, *self._gguf)
-            return Size(file, weights, recipe)
+            file, weights, repacked = gguf_bytes(recipe.method, *self._gguf)
+            return Size(file, weights, recipe, repacked=repacked)
         try:
             return self._stored(recipe, "")
         except RecipeError as error:
@@ -143,9 +151,9 @@ def serving_memory(
     take for its cache (VLLM_CPU_KVCACHE_SPACE), 0: what the requests need. Raises LowbitError subclasses.
     """
     opened = Model(model)
-    weights = opened.weights if scheme is None else opened.size(scheme).weights
+    size = None if scheme is None else opened.size(scheme)
+    weights, repacked = (opened.weights, opened.repacked) if size is None else (size.weights, size.repacked)
     if scheme is None and runtime == "llama.cpp" and opened.gguf is None:
         raise FormatError("llama.cpp serves .gguf files", hint="scheme q4_k_m, or a .gguf file")
-    return serving_parts(
-        weights, opened.shape, Load(context, concurrency, cache_dtype, reserved), runtime, place, devices
-    )
+    load = Load(context, concurrency, cache_dtype, reserved)
+    return serving_parts(weights, opened.shape, load, runtime, place, devices, repacked)

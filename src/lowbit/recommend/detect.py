@@ -4,10 +4,12 @@ bandwidth and matrix rate measured in about a second."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -96,7 +98,7 @@ def _gpus() -> Hardware | None:
 def _nvml() -> list[tuple[str, int, float]]:
     """(name, bytes, compute capability) of each GPU, by NVIDIA's own library where its Python package is installed."""
     try:
-        import pynvml
+        pynvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return []
     try:

@@ -22,6 +22,7 @@ _ARCHITECTURES = {
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss", "phi": "phi2", "phi3": "phi3",
     "cohere": "command-r", "gpt_neox": "gptneox", "gpt_bigcode": "starcoder", "glm4_moe": "glm4moe",
 }  # fmt: skip
+_REPACKED = ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4")
 _KEYS = 4096  # numbers, names, the recipe: bytes of metadata besides vocabulary and template
 # without a tokenizer at hand: bytes of one token and of what merges it, mean over GPT-2, Llama 3 and Qwen 2.5
 _TOKEN_BYTES = 34
@@ -60,17 +61,24 @@ def gguf_tensors(parameters: Mapping[str, tuple[int, ...]], shape: ModelShape) -
 
 def gguf_bytes(
     method: str, tensors: list[TensorInfo], shape: ModelShape, vocabulary: int, options: PolicyOptions | None = None
-) -> tuple[int, int]:
-    """(bytes of the file, bytes of its tensors) for the file type `method`; vocabulary: bytes of metadata, `vocabulary_bytes`.
+) -> tuple[int, int, int]:
+    """(bytes of the file, of its tensors, of those that CPU kernels repack) for the file type `method`.
 
-    Raises FormatError when a tensor fits no type.
+    vocabulary: bytes of metadata, `vocabulary_bytes`. Raises FormatError when a tensor fits no type.
     """
     arch = _ARCHITECTURES.get(shape.model_type, shape.model_type)
     info = ModelInfo(arch, shape.blocks, shape.heads, shape.kv_heads, shape.experts)
     types = tensor_types("f16" if method == "fp16" else method, tensors, info, options)
     planned = [PlannedTensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors]
     files = lay_out("model.gguf", {"metadata": bytes(vocabulary + _KEYS)}, planned)
-    return sum(file.size for file in files), sum(tensor.nbytes for tensor in planned)
+    repacked = repacked_bytes({tensor.name: (tensor.ggml_type, tensor.nbytes) for tensor in planned})
+    return sum(file.size for file in files), sum(tensor.nbytes for tensor in planned), repacked
+
+
+def repacked_bytes(tensors: Mapping[str, tuple[str, int]]) -> int:
+    """Of tensors (name -> type, bytes): those that llama.cpp copies into another order for its CPU kernels (AVX2; NEON has
+    the same main types). Source: llama.cpp, ggml/src/ggml-cpu/repack.cpp."""
+    return sum(size for name, (kind, size) in tensors.items() if kind in _REPACKED and name != "token_embd.weight")
 
 
 def vocabulary_bytes(companions: Mapping[str, Path], shape: ModelShape) -> int:

@@ -25,22 +25,29 @@ CACHE_DTYPES = {"fp16": 2.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "q8_0": 34 / 3
 @dataclass(frozen=True)
 class MemoryParts:
     """Bytes while serving, of all devices together. reserved: what the runtime takes for its cache at the start, when that
-    is more than `cache`, which is what the requests need."""
+    is more than `cache`, which is what the requests need. repacked: weights that are in memory a second time, in the order
+    that llama.cpp's CPU kernels want; the first copy is the mapped file, which the system drops when memory is short."""
 
     weights: int
     cache: int
     activations: int
     overhead: int
     reserved: int = 0
+    repacked: int = 0
 
     @property
     def total(self) -> int:
-        """All parts; a reserved cache counts whole."""
+        """What is resident at the peak: all parts; a reserved cache counts whole."""
+        return self.needed + self.repacked
+
+    @property
+    def needed(self) -> int:
+        """What has to be there: without the copies that the system can drop."""
         return self.weights + max(self.cache, self.reserved) + self.activations + self.overhead
 
     def to_dict(self) -> dict[str, int]:
-        """Parts and their sum, bytes."""
-        return {**asdict(self), "total": self.total}
+        """Parts and their sums, bytes."""
+        return {**asdict(self), "needed": self.needed, "total": self.total}
 
 
 @dataclass(frozen=True)
@@ -113,16 +120,18 @@ def activation_bytes(shape: ModelShape, load: Load, runtime: str, place: Place, 
 
 
 def serving_parts(
-    weights: int, shape: ModelShape, load: Load, runtime: str, place: Place, devices: int = 1
+    weights: int, shape: ModelShape, load: Load, runtime: str, place: Place, devices: int = 1, repacked: int = 0
 ) -> MemoryParts:
-    """Memory of serving `weights` bytes of stored tensors. Raises RecipeError for an unknown runtime or dtype."""
+    """Memory of serving `weights` bytes of stored tensors, of which llama.cpp's CPU kernels repack `repacked`. Raises
+    RecipeError for an unknown runtime or dtype."""
     constants = runtime_constants(runtime, place)
     return MemoryParts(
-        weights=int(weights * float(constants["weight_factor"])),
+        weights=weights,
         cache=cache_bytes(shape, load, runtime),
         activations=activation_bytes(shape, load, runtime, place, devices),
-        overhead=int((constants["overhead_mib"] + constants.get("host_mib", 0)) * 2**20) * devices,
+        overhead=int(constants["overhead_mib"] * 2**20) * devices,
         reserved=load.reserved,
+        repacked=repacked if (runtime, place) == ("llama.cpp", "cpu") else 0,
     )
 
 
@@ -136,7 +145,7 @@ def largest_context(
     while low < high:
         middle = (low + high + 1) // 2
         asked = Load(middle * 256, load.concurrency, load.cache_dtype, load.reserved)
-        if serving_parts(weights, shape, asked, runtime, place, devices).total <= budget:
+        if serving_parts(weights, shape, asked, runtime, place, devices).needed <= budget:
             low = middle
         else:
             high = middle - 1
@@ -151,7 +160,7 @@ def largest_concurrency(
     while low < high:
         middle = (low + high + 1) // 2
         asked = Load(load.context, middle, load.cache_dtype, load.reserved)
-        if serving_parts(weights, shape, asked, runtime, place, devices).total <= budget:
+        if serving_parts(weights, shape, asked, runtime, place, devices).needed <= budget:
             low = middle
         else:
             high = middle - 1

@@ -1,0 +1,86 @@
+"""Limits that are kept or missed, what the model itself forbids, and what would make a wish possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowbit.recommend import guide
+from lowbit.recommend.hardware import Hardware
+from lowbit.recommend.memory import MemoryParts
+from lowbit.recommend.speed import Speed
+from lowbit.recommend.words import Text, text
+
+if TYPE_CHECKING:
+    from lowbit.recommend.engine import Candidate, Facts, Option, Wishes
+
+GIB = 2**30
+
+
+def missed(
+    parts: MemoryParts, budget: int, speed: Speed, recovery: float, wishes: Wishes
+) -> tuple[tuple[Text, ...], float]:
+    """The limits that are not kept, and how far off they are: memory counts most, since without it nothing runs."""
+    found, distance = [], 0.0
+    if parts.needed > budget:
+        found.append(text("memory", need=parts.needed / GIB, have=budget / GIB))
+        distance += 10 * parts.needed / budget
+    if wishes.min_recovery is not None and recovery < wishes.min_recovery:
+        found.append(text("recovery", have=recovery, want=wishes.min_recovery))
+        distance += (wishes.min_recovery - recovery) / 10
+    if wishes.min_tokens_per_s is not None and speed.decode < wishes.min_tokens_per_s:
+        found.append(text("slow", have=speed.decode, want=wishes.min_tokens_per_s))
+        distance += wishes.min_tokens_per_s / speed.decode - 1
+    return tuple(found), distance
+
+
+def indivisible(option: Option, facts: Facts, runtime: str, hardware: Hardware) -> Text | None:
+    """Why tensor parallelism cannot split the model over the devices; llama.cpp splits by layers, which always goes."""
+    count, shape = hardware.devices, facts.shape
+    if count == 1 or runtime == "llama.cpp":
+        return None
+    if shape.heads % count or (shape.kv_heads % count and count % shape.kv_heads):
+        return text("heads", heads=shape.heads, keys=shape.kv_heads, count=count)
+    if option.groups and (shape.intermediate // count) % option.groups:
+        return text("groups", size=option.groups, count=count, width=shape.intermediate)
+    return None
+
+
+def model_notes(facts: Facts, option: Option, runtime: str) -> tuple[Text, ...]:
+    """What is special about this model."""
+    notes = []
+    if option.method in ("bf16", "fp16"):
+        return ()
+    if runtime != "llama.cpp" and facts.ends > 0.25:
+        notes.append(text("ends", share=100 * facts.ends))
+    if guide.loss_factor(facts.parameters) > 1:
+        notes.append(text("small", "docs/accuracy.md"))
+    return tuple(notes)
+
+
+def advice(facts: Facts, hardware: Hardware, wishes: Wishes, candidates: Sequence[Candidate]) -> tuple[Text, ...]:
+    """What would make the impossible possible, from candidates of which none keeps all limits, nearest first."""
+    nearest, found = candidates[0], []
+    method = nearest.option.method
+    if not nearest.fits:
+        if nearest.context:
+            found.append(text("shorter", method=method, context=nearest.context))
+        if nearest.concurrency:
+            found.append(text("fewer", method=method, concurrency=nearest.concurrency))
+        share = guide.usable_share(hardware)
+        count = -(-nearest.parts.needed // int(hardware.memory * share))
+        memory = nearest.parts.needed / GIB
+        if wishes.max_memory is not None and nearest.parts.needed <= hardware.total_memory * share:
+            found.append(text("raised", method=method, memory=memory + 0.05))
+        else:
+            found.append(text("larger", method=method, memory=memory / share, count=count, name=hardware.name))
+    if wishes.min_tokens_per_s is not None and nearest.speed.decode < wishes.min_tokens_per_s:
+        need = hardware.bandwidth * wishes.min_tokens_per_s / nearest.speed.decode / 1e9
+        have = hardware.bandwidth / 1e9
+        found.append(text("bandwidth", want=wishes.min_tokens_per_s, method=method, need=need, have=have))
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if wishes.min_recovery is not None and fitting:
+        best = max(fitting, key=lambda candidate: candidate.recovery)
+        if best.recovery < wishes.min_recovery:
+            found.append(text("accurate", method=best.option.method, have=best.recovery))
+    return tuple(found)
