@@ -43,21 +43,21 @@ def recommend(
     return rank(facts, options, place, wishes or Wishes(), scenario, earlier)
 
 
-def next_commands(answer: Recommendation, candidate: Candidate, quantized: bool = False) -> list[str]:
+def next_commands(answer: Recommendation, candidate: Candidate) -> list[str]:
     """What to type to get and serve a candidate."""
+    quantized = candidate.option.present
     method, load = candidate.option.method, answer.wishes.load
     name = Path(answer.model.name).name.removesuffix(".gguf").removesuffix(".json") or "model"
     gguf = candidate.runtime == "llama.cpp"
     output = f"{name}-{method}" + (".gguf" if gguf else "")
     source = Path(answer.model.name)
     given = str(source.parent) if source.name == "config.json" else answer.model.name
-    tensor_parallel = (
-        f" --tensor-parallel {answer.hardware.devices}" if answer.hardware.devices > 1 and not gguf else ""
-    )
-    serve = f"--runtime {candidate.runtime} --context {load.context} --concurrency {load.concurrency}{tensor_parallel}"
+    several = answer.hardware.devices > 1 and not gguf
+    parallel = f" --tensor-parallel {answer.hardware.devices}" if several else ""
+    asked = f" --runtime {candidate.runtime} --context {load.context} --parallel {load.concurrency}{parallel}"
     made = [] if quantized else [f"lowbit quantize {given} --method {method}{candidate.option.flags} -o {output}"]
     target = given if quantized else output
-    return [*made, f"lowbit serve {target} {serve}", f"lowbit deploy serve {target} {serve}"]
+    return [*made, f"lowbit serve {target}{asked}", f"lowbit deploy serve {target} --runtime {candidate.runtime}"]
 
 
 def _hardware(text: str) -> Hardware:
@@ -119,7 +119,7 @@ def _as_it_is(model: Model) -> Option:
         method = min(types, key=lambda name: abs(known[name].bits - bits))
     else:
         method = kind if kind in known else {"fp8": "fp8", "bitsandbytes": "nf4"}.get(kind, _stored_method(model))
-    return Option(method, model.weights, model.weights, model.repacked)
+    return Option(method, model.weights, model.weights, model.repacked, present=True)
 
 
 def _stored_method(model: Model) -> str:

@@ -20,7 +20,7 @@ from lowbit.recommend.words import Text, text
 class Option:
     """A method with the size it gives. embedding: bytes of the input embedding, of which a token reads one row, 0 where it
     is the output matrix too. groups: columns that share a scale, 0 for none that matter. problem: why quantizing would
-    refuse."""
+    refuse. present: the model is quantized so already."""
 
     method: str
     file: int = 0
@@ -30,6 +30,7 @@ class Option:
     flags: str = ""
     groups: int = 0
     problem: Text | None = None
+    present: bool = False
 
 
 @dataclass(frozen=True)

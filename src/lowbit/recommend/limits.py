@@ -9,12 +9,10 @@ from lowbit.recommend import guide
 from lowbit.recommend.hardware import Hardware
 from lowbit.recommend.memory import MemoryParts
 from lowbit.recommend.speed import Speed
-from lowbit.recommend.words import Text, text
+from lowbit.recommend.words import Text, amount, text
 
 if TYPE_CHECKING:
     from lowbit.recommend.engine import Candidate, Facts, Option, Wishes
-
-GIB = 2**30
 
 
 def missed(
@@ -23,8 +21,8 @@ def missed(
     """The limits that are not kept, and how far off they are: memory counts most, since without it nothing runs."""
     found, distance = [], 0.0
     if parts.needed > budget:
-        found.append(text("memory", need=parts.needed / GIB, have=budget / GIB))
-        distance += 10 * parts.needed / budget
+        found.append(text("memory", need=amount(parts.needed), have=amount(budget)))
+        distance += 10 * parts.needed / budget + (100 - recovery) / 10
     if wishes.min_recovery is not None and recovery < wishes.min_recovery:
         found.append(text("recovery", have=recovery, want=wishes.min_recovery))
         distance += (wishes.min_recovery - recovery) / 10
@@ -69,11 +67,11 @@ def advice(facts: Facts, hardware: Hardware, wishes: Wishes, candidates: Sequenc
             found.append(text("fewer", method=method, concurrency=nearest.concurrency))
         share = guide.usable_share(hardware)
         count = -(-nearest.parts.needed // int(hardware.memory * share))
-        memory = nearest.parts.needed / GIB
+        memory = nearest.parts.needed
         if wishes.max_memory is not None and nearest.parts.needed <= hardware.total_memory * share:
-            found.append(text("raised", method=method, memory=memory + 0.05))
+            found.append(text("raised", method=method, memory=f"{memory // 2**20 + 1}MiB"))
         else:
-            found.append(text("larger", method=method, memory=memory / share, count=count, name=hardware.name))
+            found.append(text("larger", method=method, memory=amount(memory / share), count=count, name=hardware.name))
     if wishes.min_tokens_per_s is not None and nearest.speed.decode < wishes.min_tokens_per_s:
         need = hardware.bandwidth * wishes.min_tokens_per_s / nearest.speed.decode / 1e9
         have = hardware.bandwidth / 1e9

@@ -30,6 +30,11 @@ def text(key: str, source: str = "", **values: object) -> Text:
     return Text(entry["en"].format(**values), entry["zh"].format(**values), source)
 
 
+def amount(nbytes: float) -> str:
+    """ "3.6 GiB", or "210 MiB" of less than one."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
+
+
 @cache
 def _words() -> dict[str, dict[str, str]]:
     content: dict[str, dict[str, str]] = yaml.safe_load(
