@@ -15,6 +15,7 @@ from lowbit.evals.statistics import (
     bootstrap_interval,
     mcnemar,
     paired,
+    paired_proportions_interval,
     pareto_front,
     pooled_error,
     recovery_percent,
@@ -65,6 +66,23 @@ def test_bootstrap_agrees_with_plain_resampling_and_covers() -> None:
         low, high = bootstrap_interval(sample.tolist(), seed=trial)
         covered += low <= -0.1 <= high
     assert 176 <= covered <= 199
+
+
+@pytest.mark.parametrize(("n", "worse", "better"), [(20, 0.1, 0.1), (60, 0.15, 0.02), (400, 0.03, 0.05)])
+def test_interval_of_paired_proportions_covers(n: int, worse: float, better: float) -> None:
+    rng = np.random.default_rng(n)
+    draws = rng.multinomial(n, [worse, better, 1 - worse - better], size=3000)
+    covered = 0
+    for only_base, only_other, _ in draws.tolist():
+        low, high = paired_proportions_interval(only_base, only_other, n)
+        covered += low <= better - worse <= high
+    assert 0.93 <= covered / 3000 <= 0.99
+
+
+def test_no_change_among_few_items_is_no_certainty() -> None:
+    low, high = paired_proportions_interval(0, 0, 8)
+    assert low == -high
+    assert 0.1 < high < 0.3
 
 
 def test_paired_binary() -> None:

@@ -33,8 +33,9 @@ INDISTINGUISHABLE, BETTER, SMALL, SIGNIFICANT, BROKEN = (
 class Paired:
     """A score beside the base's on the same `n` items.
 
-    difference: score - base, with its 95% interval `low`..`high` (paired bootstrap over items). p_value: McNemar exact for
-    right-or-wrong items, else the bootstrap's. flips: share of items that are right in one run only. recovery: percent.
+    difference: score - base, with its 95% interval `low`..`high`. p_value: that chance alone gives as much. For items that
+    are right or wrong these are Agresti and Min's interval and McNemar's exact test, for others a paired bootstrap over
+    items and a normal test. flips: share of items that are right in one run only. recovery: percent.
     """
 
     n: int
@@ -76,6 +77,16 @@ def mcnemar(only_base: int, only_other: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value - n * math.log(2)) for value in logs))
 
 
+def paired_proportions_interval(only_base: int, only_other: int, n: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Interval (95% by default) of the difference of two shares of the same `n` items: Wald's with half an item added to
+    each of the four outcomes (Agresti and Min, Statistics in Medicine 2005), which holds its level for few items and does
+    not claim certainty where no item changed sides, as a bootstrap would."""
+    b, c, total = only_base + 0.5, only_other + 0.5, n + 2
+    centre = (c - b) / total
+    error = math.sqrt((b + c) - (c - b) ** 2 / total) / total
+    return max(-1.0, centre - z * error), min(1.0, centre + z * error)
+
+
 def bootstrap_interval(differences: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean of per-item differences, items drawn with replacement; the same for the same seed.
 
@@ -104,11 +115,15 @@ def paired(scores: Sequence[float], base: Sequence[float], *, higher_is_better: 
     if len(scores) != len(base) or not scores:
         raise ValueError(f"{len(scores)} items against {len(base)}")
     differences = [mine - other for mine, other in zip(scores, base, strict=True)]
-    low, high = bootstrap_interval(differences, seed=seed)
     difference = math.fsum(differences) / len(differences)
     binary = set(scores) | set(base) <= {0.0, 1.0}
     worse, better = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-    p_value = mcnemar(worse, better) if binary else _normal_p(differences)
+    if binary:
+        p_value = mcnemar(worse, better)
+        low, high = paired_proportions_interval(worse, better, len(scores))
+    else:
+        p_value = _normal_p(differences)
+        low, high = bootstrap_interval(differences, seed=seed)
     recovery = recovery_percent(
         math.fsum(scores) / len(scores), math.fsum(base) / len(base), higher_is_better=higher_is_better
     )

@@ -65,6 +65,69 @@ def cells(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def task_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Any:
+    """A rich table of a run's tasks, 80 columns wide: score, base, difference with its 95% interval, verdict."""
+    from rich import box
+    from rich.table import Table
+
+    compared = any("against" in task for task in tasks.values())
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("task", overflow="fold", min_width=9)
+    for heading in ("items", "score", *(("base", "difference, 95%") if compared else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if compared:
+        table.add_column("verdict", no_wrap=True)
+    for name, task in tasks.items():
+        cells = [name, str(task["n"]), score_text(task)]
+        if "against" in task:
+            against = task["against"]
+            scale, digits = (1, 1) if is_perplexity(task) else (100, 1)
+            low, high = (f"{against[end] * scale:+.{digits}f}" for end in ("low", "high"))
+            cells += [
+                f"{task['base_score'] * scale:.{digits}f}",
+                f"{against['difference'] * scale:+.{digits}f} [{low}, {high}]",
+                against["verdict"],
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def task_notes(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the table has no room for: metric and shots, and what share of the answers changed."""
+    lines = []
+    for name, task in tasks.items():
+        line = f"{name}: {task['metric']}, {task['shots']}-shot"
+        if "against" in task:
+            against = task["against"]
+            line += f"; recovery {against['recovery']:.1f}%, p {against['p_value']:.2g}"
+            if not is_perplexity(task):
+                line += f"; {against['flips']:.1%} of the items changed sides"
+            if task.get("changed_answers") is not None:
+                line += f", {task['changed_answers']:.1%} of the answers changed"
+        lines.append(line)
+    return lines
+
+
+def is_perplexity(task: Mapping[str, Any]) -> bool:
+    """Whether a task's score is no share of items."""
+    return "perplexity" in task["metric"]
+
+
+def score_text(task: Mapping[str, Any]) -> str:
+    """ "45.3 ± 0.4", in percent unless it is a perplexity."""
+    if is_perplexity(task):
+        return f"{task['score']:.1f} ± {task['error']:.1f}"
+    return f"{100 * task['score']:.1f} ± {100 * task['error']:.1f}"
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]

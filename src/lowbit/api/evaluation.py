@@ -1,0 +1,365 @@
+"""Everything that can be measured of one artifact, against its base, as one run: plain data for tables and reports."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit import __version__
+from lowbit.api.runs import record_file
+from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.checkpoint.gguf import GgufCheckpoint
+from lowbit.core.checkpoint.gguf_source import GgufSource
+from lowbit.core.contracts import Checkpoint
+from lowbit.core.errors import RecipeError, did_you_mean
+from lowbit.core.hardware import pick_device
+from lowbit.core.progress import Progress, Silent
+from lowbit.core.scheme import DTYPES
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.text import first_windows
+from lowbit.core.tokenizer import load_tokenizer
+from lowbit.environments import default_root
+from lowbit.evals.divergence import measure_details
+from lowbit.evals.footprint import footprint
+from lowbit.evals.llama_cpp import LISTED, embedded_server
+from lowbit.evals.probe import probe, probe_endpoint
+from lowbit.evals.served import measure_served
+from lowbit.evals.state_cache import KIND
+from lowbit.evals.statistics import worst_verdict
+from lowbit.evals.store import ResultStore
+from lowbit.evals.tasks.catalogue import OWN, Leaf, Wanted, build, find_leaves, parse_tasks
+from lowbit.evals.tasks.endpoint import Endpoint, endpoint_engine
+from lowbit.evals.tasks.engines import transformers_engine
+from lowbit.evals.tasks.harness import LeafResult, run_leaf, together
+from lowbit.evals.tasks.local_data import LocalData
+from lowbit.formats.reader import open_artifact
+
+RUNTIMES = ("transformers", "llama.cpp")
+# of vLLM unless its --max-logprobs says otherwise
+_OPENAI_LISTED = 20
+_SERVED_WINDOWS, _SERVED_CONTEXT = 2, 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and how.
+
+    tasks: "kl", "perplexity" and lm-eval's tasks, comma-separated, each with its own limit after a colon if it has one.
+    limit: items of each task (of a group, of each of its tasks). shots: instead of a task's default. data: a folder of task
+    data instead of the hub. runtime: what tasks run on: "transformers" (dequantized weights, in this process), "llama.cpp"
+    (embedded), or the URL of a server. dtype: of transformers' computing: "auto" is the checkpoint's own, as in lm-eval.
+    dataset, windows, context: text for KL and perplexity, in windows next to each other (the stride is the window).
+    speed: also measure tokens/s and peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for the size
+    of the KV cache. tokenizer: a checkpoint, for a URL alone. rerun: also what is known from before.
+    """
+
+    tasks: str = "kl"
+    limit: int | None = None
+    shots: int | None = None
+    data: Path | None = None
+    runtime: str = "transformers"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    dataset: str = "pydoc"
+    windows: int = 16
+    context: int = 1024
+    speed: bool = False
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    cache_context: int = 4096
+    cache_batch: int = 1
+    device: str = "auto"
+    tokenizer: str | None = None
+    rerun: bool = False
+
+
+def cache_directory() -> Path:
+    """Where results and base states are kept: `$XDG_CACHE_HOME/lowbit`, by default `~/.cache/lowbit`."""
+    return default_root().parent
+
+
+def evaluate_run(
+    artifact: str | Path,
+    *,
+    base: str | Path | None = None,
+    wanted: Evaluation | None = None,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Measure an artifact, checkpoint, .gguf file or server. Returns the run: what `lowbit compare` and `report` read.
+
+    Whatever finished is kept under `cache` and not run again, the base's results too. Raises LowbitError subclasses.
+    """
+    return _Evaluating(
+        str(artifact), base, wanted or Evaluation(), progress or Silent(), cache or cache_directory()
+    ).run()
+
+
+class _Evaluating:
+    def __init__(
+        self, artifact: str, base: str | Path | None, wanted: Evaluation, progress: Progress, cache: Path
+    ) -> None:
+        self.artifact, self.wanted, self.progress, self.cache = artifact, wanted, progress, cache
+        self.is_url = artifact.startswith(("http://", "https://"))
+        self.runtime = artifact if self.is_url else wanted.runtime
+        self.tasks: list[Wanted] = parse_tasks(wanted.tasks, wanted.limit)
+        self.leaves = find_leaves(self.tasks, shots=wanted.shots)
+        self.data = LocalData(wanted.data) if wanted.data and self.leaves else None
+        self.digests = {leaf.name: self.data.digest(leaf.name) for leaf in self.leaves} if self.data else {}
+        self.device = pick_device(wanted.device)
+        self.base = None if base is None else str(base)
+        self._check_runtime()
+        source = wanted.tokenizer or (self.base or "" if self.is_url else artifact)
+        if not source:
+            raise RecipeError("a server's text needs its model's tokenizer", hint="--tokenizer MODEL, or --base MODEL")
+        self.base_checkpoint = open_checkpoint(self.base) if self.base else None
+        self.checkpoint = None if self.is_url else self._opened(artifact)
+        self.tokenizer = load_tokenizer(open_checkpoint(wanted.tokenizer or self.base or artifact))
+        self.store = ResultStore(cache / "evaluations")
+
+    def run(self) -> dict[str, Any]:
+        started = time.time()
+        run: dict[str, Any] = {
+            "lowbit": __version__,
+            "artifact": self.artifact,
+            "base": self.base,
+            "runtime": self.runtime,
+            "record": self._record(),
+        }
+        if any(task.name in OWN for task in self.tasks):
+            run["text"] = self._text()
+        if self.leaves:
+            run["tasks"] = self._run_tasks()
+            run["verdict"] = worst_verdict(
+                [task["against"]["verdict"] for task in run["tasks"].values() if "against" in task]
+            )
+            run["lm_eval"] = _lm_eval_version()
+        if self.checkpoint is not None:
+            run["memory"] = self._footprint()
+        if self.wanted.speed:
+            run["speed"] = self._speed()
+        run["seconds"] = round(time.time() - started, 1)
+        run["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return run
+
+    def _check_runtime(self) -> None:
+        if self.runtime in RUNTIMES or self.runtime.startswith(("http://", "https://")):
+            if self.runtime == "llama.cpp" and not self.artifact.endswith(".gguf"):
+                raise RecipeError(
+                    "the embedded llama.cpp reads .gguf files", hint="--runtime transformers, or a .gguf file"
+                )
+            return
+        raise RecipeError(
+            f"runtime {self.runtime!r} is unknown{did_you_mean(self.runtime, RUNTIMES)}",
+            hint=f"{', '.join(RUNTIMES)}, or the URL of a server that was started with `lowbit serve` or otherwise",
+        )
+
+    def _opened(self, artifact: str) -> Checkpoint:
+        """Dense weights, float32 when a divergence is measured on them."""
+        if artifact.endswith(".gguf") and self.base_checkpoint is not None:
+            return GgufCheckpoint(Path(artifact), self.base_checkpoint.config, torch.float32)
+        return open_artifact(open_checkpoint(artifact), torch.float32)
+
+    def _record(self) -> dict[str, Any] | None:
+        file = None if self.is_url else record_file(Path(self.artifact))
+        return json.loads(file.read_text()) if file is not None and file.is_file() else None
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def _text(self) -> dict[str, Any]:
+        wanted = self.wanted
+        windows = first_windows(wanted.dataset, self.tokenizer, wanted.windows, wanted.context)
+        content: dict[str, Any] = {"dataset": wanted.dataset, "stride": wanted.context}
+        divergence = any(task.name == "kl" for task in self.tasks)
+        base = self._streamed(self.base_checkpoint) if self.base_checkpoint is not None and divergence else None
+        if self.checkpoint is not None:
+            found = measure_details(
+                self._streamed(self.checkpoint), windows, self.progress, base=base, cache=self.cache / "states"
+            )
+            content |= found.measurement.to_dict()
+            if base is not None:
+                content |= {
+                    "base_states": KIND,
+                    "histogram": {"low": found.low, "high": found.high, "counts": found.histogram},
+                    "worst": [self._in_words(windows, worst) for worst in found.worst],
+                }
+        if base is not None and self.runtime != "transformers":
+            content["served"] = self._served(base)
+        return content
+
+    def _in_words(self, windows: torch.Tensor, worst: Any) -> dict[str, Any]:
+        ids, at = windows[worst.window].tolist(), worst.position + 1
+        words = self.tokenizer.decode
+        return {
+            "kl": worst.kl,
+            "window": worst.window,
+            "position": at,
+            "before": words(ids[max(0, at - 24) : at]),
+            "token": words(ids[at : at + 1]),
+            "after": words(ids[at + 1 : at + 7]),
+            "base_choice": words([worst.base_choice]),
+            "base_probability": worst.base_probability,
+            "choice": words([worst.choice]),
+            "probability": worst.probability,
+        }
+
+    def _served(self, base: StreamedModel) -> dict[str, Any]:
+        windows = first_windows(self.wanted.dataset, self.tokenizer, _SERVED_WINDOWS, _SERVED_CONTEXT)
+        dense = None if self.checkpoint is None else self._streamed(self.checkpoint)
+        with self._server(_SERVED_CONTEXT + 8) as endpoint:
+            listed = LISTED if endpoint.is_llama_cpp else _OPENAI_LISTED
+            return measure_served(endpoint, base, dense, windows, self.progress, listed=listed).to_dict()
+
+    def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
+        dense = open_artifact(checkpoint, torch.float32)
+        return StreamedModel(dense, self.device, torch.float32)
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    def _run_tasks(self) -> dict[str, Any]:
+        mine = self._results(self.checkpoint, self.runtime)
+        theirs = self._results(self.base_checkpoint, "transformers") if self.base_checkpoint is not None else None
+        scores = {}
+        for task in self.tasks:
+            own = [leaf.name for leaf in self.leaves if leaf.group == task.name]
+            if own:
+                against = None if theirs is None else [theirs[name] for name in own]
+                scores[task.name] = together(task.name, [mine[name] for name in own], against).to_dict()
+        return scores
+
+    def _results(self, checkpoint: Checkpoint | None, runtime: str) -> dict[str, LeafResult]:
+        """Every leaf's result: kept ones, and the rest run and kept one by one."""
+        with ExitStack() as stack:
+            endpoint = None
+            if runtime != "transformers":
+                endpoint = stack.enter_context(self._server(self._longest()))
+            keys = {leaf.name: self._key(leaf, checkpoint, runtime, endpoint) for leaf in self.leaves}
+            found = {} if self.wanted.rerun else {name: self.store.get(key) for name, key in keys.items()}
+            missing = [leaf for leaf in self.leaves if found.get(leaf.name) is None]
+            results = {name: result for name, result in found.items() if result is not None}
+            if not missing:
+                return results
+            is_base = checkpoint is self.base_checkpoint and checkpoint is not None
+            self.progress.start("base tasks" if is_base else "tasks", len(missing))
+            engine = stack.enter_context(self._engine(checkpoint, endpoint))
+            for leaf in missing:
+                self.progress.note(leaf.name)
+                started = time.monotonic()
+                result = run_leaf(build(leaf, self.data), leaf, engine)
+                result.seconds = round(time.monotonic() - started, 2)
+                self.store.put(keys[leaf.name], result)
+                results[leaf.name] = result
+                self.progress.advance()
+        return results
+
+    def _key(
+        self, leaf: Leaf, checkpoint: Checkpoint | None, runtime: str, endpoint: Endpoint | None
+    ) -> dict[str, Any]:
+        """Everything that a result depends on."""
+        on = [self._dtype(checkpoint), self.device.type, self._batch_size()] if checkpoint and not endpoint else []
+        served = [endpoint.model, self._fingerprint(endpoint)] if endpoint else []
+        return {
+            "model": checkpoint.identity() if checkpoint is not None else None,
+            "engine": [
+                runtime if not endpoint or endpoint.is_llama_cpp is False else "llama.cpp",
+                *map(str, on),
+                *served,
+            ],
+            "task": leaf.name,
+            "version": str(leaf.config.get("metadata")),
+            "shots": leaf.shots,
+            "limit": leaf.limit,
+            "data": self.digests.get(leaf.name, "hub"),
+            "lm_eval": _lm_eval_version(),
+        }
+
+    def _fingerprint(self, endpoint: Endpoint) -> str:
+        """What the served model makes of a text: another model at the same address is noticed."""
+        ids = self.tokenizer("The capital of France is Paris.").input_ids
+        return f"{endpoint.score(ids[:2], ids[2:])[0]:.3f}"
+
+    @contextmanager
+    def _engine(self, checkpoint: Checkpoint | None, endpoint: Endpoint | None) -> Iterator[Any]:
+        if endpoint is not None:
+            yield endpoint_engine(endpoint, self.tokenizer, context=self._longest())
+            return
+        assert checkpoint is not None
+        dtype = self._dtype(checkpoint)
+        with transformers_engine(
+            open_artifact(checkpoint, dtype), self.tokenizer, self.device, dtype, batch_size=self._batch_size()
+        ) as engine:
+            yield engine
+
+    @contextmanager
+    def _server(self, context: int) -> Iterator[Endpoint]:
+        if self.runtime != "llama.cpp":
+            endpoint = Endpoint(self.runtime)
+            endpoint.check_scores(self.tokenizer("Paris is in France").input_ids)
+            yield endpoint
+            return
+        with embedded_server(Path(self.artifact), context) as address:
+            yield Endpoint(address)
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt that an endpoint is asked for."""
+        checkpoint = self.checkpoint or self.base_checkpoint
+        config = checkpoint.config if checkpoint is not None else {}
+        return min(int((config.get("text_config") or config).get("max_position_embeddings") or 4096), 4096)
+
+    def _batch_size(self) -> int:
+        # lm-eval's own default on a CPU, where a batch gains nothing and padding costs
+        return self.wanted.batch_size or (1 if self.device.type == "cpu" else 16)
+
+    def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        if self.wanted.dtype != "auto":
+            if self.wanted.dtype not in DTYPES:
+                raise RecipeError(f"--dtype {self.wanted.dtype!r} is unknown", hint=f"auto, {', '.join(DTYPES)}")
+            return DTYPES[self.wanted.dtype]
+        config = checkpoint.config
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        return DTYPES.get(stored, torch.float32)
+
+    # --- memory and speed -------------------------------------------------------------------------------------------
+
+    def _footprint(self) -> dict[str, Any]:
+        if self.artifact.endswith(".gguf"):
+            tensors = {name: tensor.nbytes for name, tensor in GgufSource(Path(self.artifact)).tensors.items()}
+        else:
+            tensors = {name: spec.nbytes for name, spec in open_checkpoint(self.artifact).tensors.items()}
+        assert self.checkpoint is not None
+        wanted = self.wanted
+        return footprint(
+            tensors, self.checkpoint.config, context=wanted.cache_context, batch=wanted.cache_batch
+        ).to_dict()
+
+    def _speed(self) -> dict[str, Any]:
+        prompt, tokens = self.wanted.prompt_tokens, self.wanted.new_tokens
+        self.progress.start("speed", 1)
+        if self.runtime in RUNTIMES:
+            device = str(self.device) if self.runtime == "transformers" else "cpu"
+            found = probe(self.artifact, self.runtime, prompt=prompt, tokens=tokens, device=device)
+        else:
+            endpoint = Endpoint(self.runtime)
+            found = probe_endpoint(endpoint.url, endpoint.model, prompt=prompt, tokens=tokens) | {
+                "runtime": self.runtime
+            }
+        if "error" in found:
+            self.progress.warn(f"{self.runtime} could not be timed: {found['error']}")
+        self.progress.advance()
+        return found
+
+
+def _lm_eval_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lm-eval")
+    except PackageNotFoundError:
+        return ""
