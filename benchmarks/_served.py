@@ -92,7 +92,7 @@ def llama_cpp(file: Path, context: int, concurrency: int, threads: int = 2) -> S
     return Served([sys.executable, "-c", _LLAMA_CPP, *arguments], port, "/completion")
 
 
-def vllm(model: Path, context: int, concurrency: int, cache_gib: float, dtype: str = "float16") -> Served:
+def vllm(model: Path, context: int, concurrency: int, cache_gib: int, dtype: str = "float16") -> Served:
     """vLLM's CPU build over a directory, from the side environment."""
     port = _free_port()
     command = [
@@ -101,7 +101,7 @@ def vllm(model: Path, context: int, concurrency: int, cache_gib: float, dtype: s
         "--max-model-len", str(context), "--enforce-eager", "--max-num-seqs", str(concurrency), "--seed", "0",
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    variables = child_variables({"VLLM_CPU_KVCACHE_SPACE": f"{cache_gib:g}", **offline})
+    variables = child_variables({"VLLM_CPU_KVCACHE_SPACE": str(cache_gib), **offline})
     return Served(command, port, "/v1/completions", variables)
 
 
