@@ -22,6 +22,7 @@ from lowbit.commands.methods import methods
 from lowbit.commands.ps import logs, ps, stop
 from lowbit.commands.quantize import quantize
 from lowbit.commands.recommend import recommend
+from lowbit.commands.report import report
 from lowbit.commands.serve import serve
 from lowbit.core.errors import LowbitError
 
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quantize, evaluate, compare, recommend, inspect, convert, methods, demo, serve, ps, logs, stop):
+for verb in (quantize, evaluate, compare, report, recommend, inspect, convert, methods, demo, serve, ps, logs, stop):
     app.command()(verb)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(env.app, name="env")

@@ -8,41 +8,34 @@ from typing import Annotated
 
 import typer
 
-from lowbit.core.errors import CheckpointError
-
 
 def compare(
-    artifacts: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT...", help="Directories made by lowbit quantize.")
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_ARTIFACT...", help="Artifacts, with what lowbit evaluate measured; or run files."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """One table over several artifacts: size, perplexity, KL divergence, agreement, time, memory; smallest KL first.
+    """One table over several artifacts: size, divergence, task scores with error bars and verdicts, speed; smallest KL first.
 
     Example: lowbit compare model-rtn model-gptq --markdown
     """
-    from lowbit.report import tables
+    from rich.console import Console
 
-    rows = sorted((_row(artifact) for artifact in artifacts), key=lambda row: (row["kl"] is None, row["kl"] or 0.0))
+    from lowbit.api.compare import compared
+    from lowbit.report import compare_table
+
+    rows = compared(runs)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif as_csv:
+        print(compare_table.as_csv(rows), end="")
     elif markdown:
-        print(tables.markdown(rows))
+        print(compare_table.as_markdown(rows))
     else:
-        tables.print_table(rows, title="verified on held-out windows, each against its own base")
-
-
-def _row(artifact: Path) -> dict[str, object]:
-    from lowbit.report.tables import row
-
-    record = artifact / "lowbit.json"
-    if not record.is_file():
-        raise CheckpointError(
-            f"{artifact} is no lowbit artifact: it has no lowbit.json", hint="lowbit quantize makes one"
-        )
-    content = json.loads(record.read_text())
-    cost = artifact / "lowbit-run.json"
-    return row(
-        str(artifact), content, json.loads(cost.read_text()) if cost.is_file() else None, content.get("verification")
-    )
+        console = Console(width=None if Console().is_terminal else 80)
+        console.print(compare_table.rich_table(rows, title="each against its own base"))
