@@ -47,7 +47,7 @@ PAIRS: list[tuple[str, str, dict[str, Any], tuple[str, ...], str, str | None, st
     ("llama-3.1-8b", "xeon-8480", {}, ("q4_k_m",), "CPU", "nf4", "NVIDIA"),
     ("llama-3.1-8b", "epyc-9654", {}, ("q4_k_m",), "CPU", "fp8", "no FP8"),
     ("llama-2-13b", "rtx4060ti-16g", {}, ("awq", "gptq"), "low-end", "fp8", "needs"),
-    ("llama-2-13b", "h100x3", {}, ("q4_k_m",), "", "awq", "40 heads"),
+    ("llama-2-13b", "h100x3", {}, ("awq",), "production", "nvfp4", "10.0"),
     ("mixtral-8x7b", "rtx4090x2", {}, ("q4_k_m",), "", "gptq", "in 16 bits"),
     ("qwen2.5-0.5b", "cpu:4c,8g", {"min_recovery": 98}, ("q5_k_m", "q6_k", "q8_0"), "", "q4_k_m", "accuracy"),
 ]  # fmt: skip
@@ -153,6 +153,19 @@ def test_the_commands_that_follow(ask: Any) -> None:
     fitting = {candidate.option.method: candidate for candidate in odd.ranked}
     # 896 inputs are 7 x 128, 4864 are 38 x 128: nothing to add
     assert next_commands(odd, fitting["awq"])[0].endswith("--method awq -o qwen2.5-0.5b-awq")
+
+
+def test_devices_that_cannot_share_a_model_stay_out(ask: Any) -> None:
+    best = ask("llama-2-13b", "h100x3", {}).ranked[0]
+    assert best.devices == 2
+    assert "40 heads (40 of keys) cannot be split over 3 devices: 2 of 3 would be used" in [t.en for t in best.notes]
+    # llama.cpp divides by layers
+    layers = ask("llama-2-13b", "h100x3", {"scenario": "cpu"}).ranked[0]
+    assert (layers.runtime, layers.devices) == ("llama.cpp", 3)
+
+
+def test_a_context_that_is_not_asked_for_is_the_models(ask: Any) -> None:
+    assert ask("llama-2-7b", "h100", {"context": 0}).wishes.load.context == 4096
 
 
 def test_every_scenario_answers(ask: Any) -> None:

@@ -52,8 +52,7 @@ def next_commands(answer: Recommendation, candidate: Candidate) -> list[str]:
     output = f"{name}-{method}" + (".gguf" if gguf else "")
     source = Path(answer.model.name)
     given = str(source.parent) if source.name == "config.json" else answer.model.name
-    several = answer.hardware.devices > 1 and not gguf
-    parallel = f" --tensor-parallel {answer.hardware.devices}" if several else ""
+    parallel = f" --tensor-parallel {candidate.devices}" if candidate.devices > 1 and not gguf else ""
     asked = f" --runtime {candidate.runtime} --context {load.context} --parallel {load.concurrency}{parallel}"
     made = [] if quantized else [f"lowbit quantize {given} --method {method}{candidate.option.flags} -o {output}"]
     target = given if quantized else output
@@ -79,9 +78,9 @@ def _facts(model: Model) -> Facts:
 
 
 def _is_end(name: str) -> bool:
-    return any(part in name for part in ("embed_tokens", "lm_head", "wte", "token_embd", "output.weight")) and (
-        "attn" not in name
-    )
+    return any(
+        part in name for part in ("embed_tokens", "word_embeddings", "lm_head", "wte", "token_embd", "output.weight")
+    ) and ("attn" not in name)
 
 
 def _options(model: Model, facts: Facts) -> list[Option]:
@@ -100,7 +99,7 @@ def _options(model: Model, facts: Facts) -> list[Option]:
         problem = None
         if method not in ("bf16", "fp16") and size.weights > 0.9 * plain:
             share = size.weights / plain
-            problem = text("experts", share=100 * share)
+            problem = text("experts" if model.shape.experts else "mostly", share=100 * share)
         group = size.recipe.group_size if isinstance(size.recipe.group_size, int) and method in _GROUPED else 0
         options.append(
             Option(method, size.file, size.weights, size.repacked, 0 if tied else int(rows * bytes_each), size.flags,

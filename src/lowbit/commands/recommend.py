@@ -24,7 +24,9 @@ def recommend(
     hardware: Annotated[
         str, typer.Option(help="rtx4090, h100x2, cpu:8c,32g, board:4g, gpu:24g,cc8.9 ... or auto: this machine.")
     ] = "auto",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of one request, prompt and answer.")] = 4096,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one request.", show_default="4096, or what the model has")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
     scenario: Annotated[
         str | None,
@@ -60,7 +62,9 @@ def recommend(
         raise RecipeError(
             f"language {language!r} is unknown{did_you_mean(language, LANGUAGES)}", hint="--lang en or zh"
         )
-    wishes = Wishes(Load(context, concurrency, cache_dtype), parse_bytes(max_memory), min_recovery, min_tokens_per_s)
+    wishes = Wishes(
+        Load(context or 0, concurrency, cache_dtype), parse_bytes(max_memory), min_recovery, min_tokens_per_s
+    )
     answer = ask(model, hardware=hardware, scenario=scenario, wishes=wishes, revision=revision)
     if as_json:
         print(json.dumps(_as_data(answer, language), indent=2, ensure_ascii=False))

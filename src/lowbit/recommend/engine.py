@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from lowbit.recommend import guide
 from lowbit.recommend.guide import MethodRule
 from lowbit.recommend.hardware import Hardware
-from lowbit.recommend.limits import advice, indivisible, missed, model_notes
+from lowbit.recommend.limits import advice, missed, model_notes, split
 from lowbit.recommend.memory import Load, MemoryParts, largest_concurrency, largest_context, serving_parts
 from lowbit.recommend.records import BenchRecord
 from lowbit.recommend.shape import ModelShape
 from lowbit.recommend.speed import Speed, Work, general_speed, predicted_speed
 from lowbit.recommend.words import Text, text
+
+_USUAL_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked for. max_memory: bytes. min_recovery: percent. min_tokens_per_s: decoded, of one request."""
+    """What is asked for; a load with a context of 0 means 4,096 tokens or what the model has.
+
+    max_memory: bytes. min_recovery: percent. min_tokens_per_s: decoded, of one request.
+    """
 
     load: Load = field(default_factory=Load)
     max_memory: int | None = None
@@ -57,7 +62,7 @@ class Facts:
 @dataclass(frozen=True)
 class Candidate:
     """A method in a runtime, with its predicted numbers. misses: limits that it does not keep, in words; distance: how far
-    it is from keeping them. budget: bytes that serving may take on this hardware."""
+    it is from keeping them. budget: bytes that serving may take on the `devices` that are used."""
 
     option: Option
     runtime: str
@@ -71,6 +76,7 @@ class Candidate:
     distance: float
     context: int
     concurrency: int
+    devices: int = 1
 
     @property
     def fits(self) -> bool:
@@ -129,16 +135,15 @@ def recommend(
             against = next((verdict for verdict in verdicts if verdict.effect in ("out", "hide")), None)
             if against is not None and against.effect == "hide":
                 continue
-            why = against.text if against else option.problem or indivisible(option, facts, runtime, hardware)
+            why = against.text if against else option.problem
             if why is not None:
                 ruled_out.append(RuledOut(option.method, runtime, why))
                 continue
-            notes = tuple(verdict.text for verdict in verdicts)
+            used, partly = split(option, facts, runtime, hardware)
+            notes = tuple(verdict.text for verdict in verdicts) + ((partly,) if partly is not None else ())
             slower = min((verdict.speed for verdict in verdicts), default=1.0)
             candidates.append(
-                _candidate(
-                    facts, option, runtime, hardware, wishes, scenario, rules[option.method], notes, slower, earlier
-                )
+                _candidate(facts, option, runtime, used, wishes, scenario, rules[option.method], notes, slower, earlier)
             )
     good = [candidate for candidate in candidates if not candidate.misses]
     rest = sorted((c for c in candidates if c.misses), key=lambda candidate: candidate.distance)
@@ -155,6 +160,9 @@ def recommend(
 def _within_positions(facts: Facts, wishes: Wishes) -> tuple[Wishes, tuple[Text, ...]]:
     """The wishes with a context that the model has positions for, and what had to be changed."""
     longest = facts.shape.max_context
+    if not wishes.load.context:
+        usual = min(_USUAL_CONTEXT, longest or _USUAL_CONTEXT)
+        return replace(wishes, load=replace(wishes.load, context=usual)), ()
     if not longest or wishes.load.context <= longest:
         return wishes, ()
     changed = text("positions", have=longest, want=wishes.load.context)
@@ -196,6 +204,7 @@ def _candidate(
         distance=distance,
         context=largest_context(*arguments),
         concurrency=largest_concurrency(*arguments),
+        devices=devices,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lowbit.recommend import guide
 from lowbit.recommend.hardware import Hardware
 from lowbit.recommend.memory import MemoryParts
 from lowbit.recommend.speed import Speed
-from lowbit.recommend.words import Text, amount, text
+from lowbit.recommend.words import LANGUAGES, Text, amount, text
 
 if TYPE_CHECKING:
     from lowbit.recommend.engine import Candidate, Facts, Option, Wishes
@@ -32,12 +33,24 @@ def missed(
     return tuple(found), distance
 
 
+def split(option: Option, facts: Facts, runtime: str, hardware: Hardware) -> tuple[Hardware, Text | None]:
+    """The devices that the runtime can divide the model over, the most of them, and what is to be said when not all."""
+    why = indivisible(option, facts, runtime, hardware)
+    if why is None:
+        return hardware, None
+    fewer = (replace(hardware, devices=count) for count in range(hardware.devices - 1, 0, -1))
+    used = next(part for part in fewer if indivisible(option, facts, runtime, part) is None)
+    note = {language: why.say(language) for language in LANGUAGES}
+    english = text("part", why=note["en"], used=used.devices, count=hardware.devices).en
+    return used, Text(english, text("part", why=note["zh"], used=used.devices, count=hardware.devices).zh)
+
+
 def indivisible(option: Option, facts: Facts, runtime: str, hardware: Hardware) -> Text | None:
     """Why tensor parallelism cannot split the model over the devices; llama.cpp splits by layers, which always goes."""
     count, shape = hardware.devices, facts.shape
     if count == 1 or runtime == "llama.cpp":
         return None
-    if shape.heads % count or (shape.kv_heads % count and count % shape.kv_heads):
+    if shape.heads % count or shape.hidden % count or (shape.kv_heads % count and count % shape.kv_heads):
         return text("heads", heads=shape.heads, keys=shape.kv_heads, count=count)
     if option.groups and (shape.intermediate // count) % option.groups:
         return text("groups", size=option.groups, count=count, width=shape.intermediate)

@@ -53,7 +53,8 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         raise CheckpointError(
             "config.json names no layers, width or heads", hint="give a causal language model's config"
         )
-    kv_heads = _number(text, "num_key_value_heads") or heads
+    single = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")  # falcon
+    kv_heads = 1 if single else _number(text, "num_key_value_heads", "num_kv_heads") or heads
     head = _number(text, "head_dim") or hidden // heads
     latent = _number(text, "kv_lora_rank")
     elements = latent + _number(text, "qk_rope_head_dim") if latent else 2 * kv_heads * head
