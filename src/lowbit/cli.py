@@ -13,6 +13,7 @@ import warnings
 import typer
 
 from lowbit.commands import env, recipe
+from lowbit.commands.check import check
 from lowbit.commands.compare import compare
 from lowbit.commands.convert import convert
 from lowbit.commands.demo import demo
@@ -37,7 +38,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quantize, evaluate, compare, report, recommend, inspect, convert, methods, demo, serve, ps, logs, stop):
+for verb in (
+    quantize,
+    evaluate,
+    compare,
+    report,
+    recommend,
+    inspect,
+    convert,
+    methods,
+    demo,
+    serve,
+    check,
+    ps,
+    logs,
+    stop,
+):
     app.command()(verb)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(env.app, name="env")

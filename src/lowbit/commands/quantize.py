@@ -83,6 +83,9 @@ def quantize(
     max_memory: Annotated[str | None, typer.Option(help="For calibration states before they go to disk: 2GiB.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back and measure the result.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Then serve it and check what the runtime answers (lowbit check).")
+    ] = False,
     max_kl: Annotated[float | None, typer.Option(help="Fail when the KL divergence is above this (nats).")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop an unfinished run instead of continuing it.")
@@ -156,8 +159,12 @@ def quantize(
         result = run(model, output=output, recipe=chosen, settings=settings, progress=progress)
     if as_json:
         print(json.dumps({"path": str(result.path), **result.record, "run": result.run}, indent=2))
-        return
-    _print_result(result)
+    else:
+        _print_result(result)
+    if check:
+        from lowbit.commands.check import run_check
+
+        run_check(str(result.path), quiet=quiet or as_json)
 
 
 def _gguf_options(**given: Any) -> dict[str, Any]:

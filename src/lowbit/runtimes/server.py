@@ -30,6 +30,7 @@ class Server:
     ) -> None:
         self.title, self.client = title, client
         self._started = time.monotonic()
+        self.ready_seconds = 0.0
         self._child = Child(argv, variables, on_line)
 
     def wait_ready(self, patience: float) -> float:
@@ -44,7 +45,8 @@ class Server:
             try:
                 probe = Client(self.client.url, self.client.model, self.client.key, max(patience - passed, 1))
                 if probe.complete("Hello", max_tokens=1, temperature=0).get("choices"):
-                    return time.monotonic() - self._started
+                    self.ready_seconds = time.monotonic() - self._started
+                    return self.ready_seconds
             except UnreachableError as error:
                 trouble = error.message
             except RefusedError as error:
