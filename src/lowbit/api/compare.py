@@ -41,7 +41,9 @@ def load_run(path: Path) -> dict[str, Any]:
             hint="lowbit quantize makes one; or give a run's .json",
         )
     own = run_file(path)
-    run = read_run(own) if own.is_file() else {"artifact": str(path), "base": None, "runtime": None}
+    run: dict[str, Any] = {"artifact": str(path), "base": None, "runtime": None}
+    if own.is_file():
+        run = read_run(own)
     content = json.loads(record.read_text())
     if "text" not in run and content.get("verification"):
         run["text"] = {**content["verification"], "dataset": "verification, held out of calibration"}

@@ -143,10 +143,10 @@ def _normal_p(differences: Sequence[float]) -> float:
 
 
 def recovery_percent(score: float, base: float, *, higher_is_better: bool = True) -> float:
-    """How much of the base's score is left, in percent; for a perplexity, base / score. 100 where both are nought."""
+    """How much of the base's score is left, in percent; for a perplexity, base / score. 100 where the base has nothing to lose."""
     top, bottom = (score, base) if higher_is_better else (base, score)
     if bottom == 0:
-        return 100.0 if top == 0 else math.inf
+        return 100.0
     return 100 * top / bottom
 
 

@@ -28,8 +28,9 @@ _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class Point:
-    """One method in a scatter."""
+    """One method in a scatter. number: its row, which gives it the same symbol and colour in every chart."""
 
+    number: int
     name: str
     x: float
     y: float
@@ -47,7 +48,8 @@ def scatter(points: Sequence[Point], x: str, y: str, front: str, *, lower_is_bet
         x=[point.x for point in on], y=[point.y for point in on], mode="lines", name=front,
         line={"dash": "dot", "color": "#888888"}, hoverinfo="skip",
     )  # fmt: skip
-    for number, point in enumerate(points):
+    for point in points:
+        number = point.number
         figure.add_scatter(
             x=[point.x], y=[point.y], mode="markers", name=point.name,
             marker={"size": 13, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "color": _COLOURS[number % len(_COLOURS)]},
@@ -80,11 +82,12 @@ def heat_map(layers: Mapping[str, Mapping[str, Any]], x: str) -> dict[str, Any] 
     errors = [[cells.get((module, number)) for number in numbers] for module in modules]
     shades = [[None if value is None else math.log10(value) for value in line] for line in errors]
     known = [value for line in shades for value in line if value is not None]
-    ticks = list(range(math.floor(min(known)), math.ceil(max(known)) + 1))
+    decades = range(math.floor(min(known)), math.ceil(max(known)) + 1)
+    ticks = [decade + math.log10(step) for decade in decades for step in (1, 2, 5)]
     figure = go.Figure(
         go.Heatmap(
             x=numbers, y=modules, z=shades, customdata=errors, colorscale="Viridis", reversescale=True, xgap=1, ygap=1,
-            colorbar={"tickvals": ticks, "ticktext": [f"{10.0**tick:g}" for tick in ticks], "thickness": 12},
+            colorbar={"tickvals": ticks, "ticktext": [f"{10.0**tick:.1g}" for tick in ticks], "thickness": 12},
             hovertemplate="%{y}, " + x + " %{x}<br>%{customdata:.5f}<extra></extra>", hoverongaps=False,
         )
     )  # fmt: skip
@@ -102,19 +105,19 @@ def kl_lines(histograms: Sequence[tuple[int, str, Mapping[str, Any]]], x: str, y
     if not histograms:
         return None
     figure = go.Figure()
-    for place, (number, name, histogram) in enumerate(histograms):
+    for number, name, histogram in histograms:
         counts, low, high = histogram["counts"], histogram["low"], histogram["high"]
         width = (high - low) / len(counts)
         total = max(sum(counts), 1)
         figure.add_scatter(
             x=[10 ** (low + (i + 0.5) * width) for i in range(len(counts))],
             y=[100 * count / total for count in counts],
-            mode="lines", name=name, meta=number, line={"shape": "spline", "color": _COLOURS[place % len(_COLOURS)]},
+            mode="lines", name=name, meta=number, line={"shape": "spline", "color": _COLOURS[number % len(_COLOURS)]},
             hovertemplate="%{fullData.name}<br>%{x:.3g} nats: %{y:.1f}%<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
         template="none", margin={"l": 60, "r": 10, "t": 10, "b": 50}, legend={"orientation": "h", "y": -0.25},
-        xaxis={"title": {"text": x}, "type": "log", "dtick": 1, "exponentformat": "power"},
+        xaxis={"title": {"text": x}, "type": "log", "dtick": 1, "exponentformat": "power", "range": [-5, 1]},
         yaxis={"title": {"text": y}, "rangemode": "tozero"},
     )  # fmt: skip
     return _plain(figure)

@@ -137,8 +137,17 @@ def _scatters(
         ("speed", "decode", "pareto_speed", "speed_axis"),
     ):
         points = [
-            Point(str(values["method"]), values[key], 100 * merit if by_tasks else -merit, bool(values[front]), error)
-            for values, merit, error in zip(rows, merits, _errors(rows, by_tasks=by_tasks), strict=True)
+            Point(
+                number,
+                str(values["method"]),
+                values[key],
+                100 * merit if by_tasks else -merit,
+                bool(values[front]),
+                error,
+            )
+            for number, (values, merit, error) in enumerate(
+                zip(rows, merits, _errors(rows, by_tasks=by_tasks), strict=True)
+            )
             if merit is not None and values[key] is not None and (by_tasks or merit < 0)
         ]
         figure = scatter(points, texts[axis], y, texts["front"], lower_is_better=not by_tasks) if points else None
