@@ -25,6 +25,7 @@ from lowbit.commands.quantize import quantize
 from lowbit.commands.recommend import recommend
 from lowbit.commands.report import report
 from lowbit.commands.serve import serve
+from lowbit.commands.sweep import sweep
 from lowbit.core.errors import LowbitError
 
 # click's own class, which newer releases of typer carry themselves
@@ -43,6 +44,7 @@ for verb in (
     evaluate,
     compare,
     report,
+    sweep,
     recommend,
     inspect,
     convert,

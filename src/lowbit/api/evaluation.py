@@ -23,7 +23,7 @@ from lowbit.core.hardware import pick_device
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.text import first_windows
+from lowbit.core.text import first_windows, token_windows
 from lowbit.core.tokenizer import load_tokenizer
 from lowbit.environments import default_root
 from lowbit.evals.divergence import measure_details
@@ -56,6 +56,7 @@ class Evaluation:
     data instead of the hub. runtime: what tasks run on: "transformers" (dequantized weights, in this process), "llama.cpp"
     (embedded), or the URL of a server. dtype: of transformers' computing: "auto" is the checkpoint's own, as in lm-eval.
     dataset, windows, context: text for KL and perplexity, in windows next to each other (the stride is the window).
+    held_out: of a calibration on that text (num_samples, seq_len, seed): windows that it did not see.
     speed: also measure tokens/s and peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for the size
     of the KV cache. tokenizer: a checkpoint, for a URL alone. rerun: also what is known from before.
     """
@@ -70,6 +71,7 @@ class Evaluation:
     dataset: str = "pydoc"
     windows: int = 16
     context: int = 1024
+    held_out: tuple[int, int, int] | None = None
     speed: bool = False
     prompt_tokens: int = 512
     new_tokens: int = 64
@@ -175,8 +177,9 @@ class _Evaluating:
 
     def _text(self) -> dict[str, Any]:
         wanted = self.wanted
-        windows = first_windows(wanted.dataset, self.tokenizer, wanted.windows, wanted.context)
-        content: dict[str, Any] = {"dataset": wanted.dataset, "stride": wanted.context}
+        windows = self._windows()
+        seen = ", held out of calibration" if wanted.held_out else ""
+        content: dict[str, Any] = {"dataset": wanted.dataset + seen, "stride": wanted.context}
         divergence = any(task.name == "kl" for task in self.tasks)
         base = self._streamed(self.base_checkpoint) if self.base_checkpoint is not None and divergence else None
         if self.checkpoint is not None:
@@ -193,6 +196,14 @@ class _Evaluating:
         if base is not None and self.runtime != "transformers":
             content["served"] = self._served(base)
         return content
+
+    def _windows(self) -> torch.Tensor:
+        wanted = self.wanted
+        if wanted.held_out is None:
+            return first_windows(wanted.dataset, self.tokenizer, wanted.windows, wanted.context)
+        count, length, seed = wanted.held_out
+        every = token_windows(wanted.dataset, self.tokenizer, count + wanted.windows, length, seed)
+        return every[count:, : wanted.context]
 
     def _in_words(self, windows: torch.Tensor, worst: Any) -> dict[str, Any]:
         ids, at = windows[worst.window].tolist(), worst.position + 1
@@ -314,8 +325,7 @@ class _Evaluating:
         return min(int((config.get("text_config") or config).get("max_position_embeddings") or 4096), 4096)
 
     def _batch_size(self) -> int:
-        # lm-eval's own default on a CPU, where a batch gains nothing and padding costs
-        return self.wanted.batch_size or (1 if self.device.type == "cpu" else 16)
+        return self.wanted.batch_size or (8 if self.device.type == "cpu" else 32)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         if self.wanted.dtype != "auto":

@@ -33,7 +33,7 @@ def evaluate(
         str, typer.Option(help="What tasks run on: transformers, llama.cpp, or the URL of a running server.")
     ] = "transformers",
     dtype: Annotated[str, typer.Option(help="In transformers: auto (the checkpoint's), bfloat16, float32.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="In transformers: 1 on a CPU, else 16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="In transformers: 8 on a CPU, else 32.")] = None,
     dataset: Annotated[str, typer.Option(help="Text for kl: a file, pydoc, wikitext or a hub id.")] = "pydoc",
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, next to each other.")] = 16,
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
