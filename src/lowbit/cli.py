@@ -13,6 +13,8 @@ import warnings
 import typer
 
 from lowbit.commands import env, recipe
+from lowbit.commands.bench import bench
+from lowbit.commands.chat import chat
 from lowbit.commands.check import check
 from lowbit.commands.compare import compare
 from lowbit.commands.convert import convert
@@ -21,6 +23,7 @@ from lowbit.commands.evaluate import evaluate
 from lowbit.commands.inspect import inspect
 from lowbit.commands.methods import methods
 from lowbit.commands.ps import logs, ps, stop
+from lowbit.commands.push import push
 from lowbit.commands.quantize import quantize
 from lowbit.commands.recommend import recommend
 from lowbit.commands.report import report
@@ -52,6 +55,9 @@ for verb in (
     demo,
     serve,
     check,
+    chat,
+    bench,
+    push,
     ps,
     logs,
     stop,
