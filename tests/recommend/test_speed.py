@@ -24,16 +24,15 @@ RECORD = BenchRecord("m", 4 * 10**9, "q4_k_m", "llama.cpp", CPU.id, 8.0, 40.0, 4
 
 
 def test_decoding_reads_every_byte_once() -> None:
-    share = runtime_constants("llama.cpp", "cpu")["decode_efficiency"]
+    constants = runtime_constants("llama.cpp", "cpu")
+    share, apart = constants["decode_efficiency"], constants["step_ms"] / 1000
     speed = general_speed(Work(4e9, 6.7e9), SHAPE, Load(4096), "llama.cpp", replace(CPU, flops=1e15))
     # 4 GB of weights, half of the 2 GiB cache, 50 GB/s
-    assert speed.decode == pytest.approx(50e9 * share / (4e9 + 2**30))
+    assert 1 / speed.decode == pytest.approx((4e9 + 2**30) / (50e9 * share) + apart)
     assert speed.basis == "rule"
     # with many requests at once a processor computes longer than it reads
     slow = general_speed(Work(4e9, 6.7e9), SHAPE, Load(64, 1000), "llama.cpp", replace(CPU, flops=1e12))
-    assert slow.decode == pytest.approx(
-        1e12 * runtime_constants("llama.cpp", "cpu")["prefill_efficiency"] / (2 * 6.7e12)
-    )
+    assert 1 / slow.decode == pytest.approx(2 * 6.7e12 / (1e12 * constants["prefill_efficiency"]) + apart)
 
 
 def test_prefill_multiplies_every_weight() -> None:

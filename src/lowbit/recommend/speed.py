@@ -53,7 +53,7 @@ def general_speed(work: Work, shape: ModelShape, load: Load, runtime: str, hardw
     flops = hardware.flops * constants["prefill_efficiency"] * (1.8 if work.double else 1.0) * parallel
     step = (work.read + cache_bytes(shape, load, runtime) / 2) / bandwidth
     computing = 2 * work.parameters * load.concurrency / flops
-    return Speed(1 / max(step, computing), flops / (2 * work.parameters), "rule")
+    return Speed(1 / (max(step, computing) + constants["step_ms"] / 1000), flops / (2 * work.parameters), "rule")
 
 
 def predicted_speed(
