@@ -37,7 +37,9 @@ def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, seq
     exact = sum(_method_operations(group) for group in groups)
     fast = passes * 2 * block * count + sum(streams * 2 * group[0].shape[1] ** 2 * count for group in groups if count)
     blocks = len(model.blocks)
-    seconds = blocks * (fast / matrix_rate(model.device, model.dtype) + exact / matrix_rate(model.device, torch.float32))
+    seconds = blocks * (
+        fast / matrix_rate(model.device, model.dtype) + exact / matrix_rate(model.device, torch.float32)
+    )
     memory = stored + states + working + (_LIBRARIES if model.device.type == "cpu" else 0)
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
 
