@@ -5,6 +5,7 @@ from common import Measured, options, windows
 parser = options(__doc__)
 parser.add_argument("--iters", type=int, default=200)
 parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
 if __name__ == "__main__":
     args = parser.parse_args()
@@ -29,7 +30,7 @@ if __name__ == "__main__":
             nsamples=len(rows),
             seqlen=args.seq_len,
             batch_size=args.batch_size,
-            device_map="cpu",
+            device_map=args.device,
             enable_torch_compile=False,
         )
         rounding.quantize_and_save(args.output, format="auto_gptq")

@@ -38,6 +38,14 @@ class Calibration(_Strict):
     seed: int = 0
 
 
+class Tune(_Strict):
+    """The last pass over all scales and norms (lowbit.pipeline.tune): `steps` gradient steps of `batch` windows; 0: none."""
+
+    steps: int = Field(0, ge=0)
+    rate: float = Field(3e-3, gt=0)
+    batch: int = Field(8, ge=1)
+
+
 class Override(_Strict):
     """Other numbers for the linear layers whose path matches: a glob ("*.mlp.*"), or a regular expression after "re:"."""
 
@@ -61,6 +69,7 @@ class Recipe(_Strict):
     activations: what inputs are rounded to at run time: scales found there for each token (int8, fp8) or group of
     channels (fp8_group, mxfp4, nvfp4), or one scale from calibration (int8_static, fp8_static).
     kv_cache: "fp8" stores scales for a cache of 8 bit floats.
+    tune: a last end-to-end pass over scales and norms.
     transforms: name -> options of what is done to the weights first, in order.
     format: how they are stored. dtype: of everything left unquantized ("auto": as in the checkpoint).
     ignore: layers left in 16 bits, by glob or "re:...".
@@ -79,6 +88,7 @@ class Recipe(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     transforms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     sequential: bool = True
+    tune: Tune = Field(default_factory=lambda: Tune.model_validate({}))
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
@@ -126,6 +136,8 @@ class Recipe(_Strict):
                 content["calibration"][name] = value
             elif name == "options":
                 content["options"] = {**content["options"], **value}
+            elif name == "tune_steps":
+                content["tune"]["steps"] = value
             elif name == "transform_options":
                 content["transforms"] = _with_options(content["transforms"], value)
             else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.api.effort import with_effort
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
@@ -34,6 +35,9 @@ from lowbit.pipeline.estimate import Estimate, estimate
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
+from lowbit.pipeline.self_sampling import kept_samples, remove_samples
+from lowbit.pipeline.tune import TuneOptions
+from lowbit.pipeline.tuned import remove_tuning, tune_artifact
 from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
@@ -47,17 +51,19 @@ def quantize(
     output: str | Path,
     recipe: Recipe | None = None,
     method: str = "gptq",
+    effort: str = "balanced",
     settings: Settings | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Result:
     """Quantize a checkpoint into `output`.
 
-    recipe: a whole recipe; else the preset or method `method`. changes: recipe fields by name (bits=4, group_size=64,
+    recipe: a whole recipe; else the preset or method `method`. effort: "fast", "balanced" or "best" (lowbit.api.effort),
+    applied to it. changes: recipe fields by name (bits=4, group_size=64,
     dataset="pydoc", num_samples=64, ...). Raises LowbitError subclasses; nothing half-written is left at `output`.
     """
     settings, progress = settings or Settings(), progress or Silent()
-    recipe = (recipe or recipe_for(method)).updated(**changes)
+    recipe = with_effort((recipe or recipe_for(method)).updated(**changes), effort)
     if recipe.format == "gguf":
         from lowbit.api.gguf import quantize_gguf
 
@@ -113,54 +119,68 @@ class _Run:
         reset_peak_memory(self.device)
         started = time.monotonic()
         work = _work_directory(output, self.settings.restart)
-        windows = self._calibration_windows()
-        digest = None if windows is None else windows_digest(windows)
         with output_errors(work):
             work.mkdir(parents=True, exist_ok=True)
+        windows = self._calibration_windows(work)
+        digest = None if windows is None else windows_digest(windows)
         journal = Journal(work, self._inputs(digest))
         writer = ShardedWriter(work, self.plan.layout)
         self._write_companions(work)
         report = run(
             self.plan,
             self.model,
-            windows,
+            windows if self.plan.needs_calibration else None,
             writer,
             journal,
             self._streams(work),
             self.progress,
             sequential=self.recipe.sequential,
         )
+        tuning = self._tune(windows, writer, work)
         checksums = writer.finish()
         quantized, peak = time.monotonic(), peak_memory_mib(self.device)
         measurement = self._verify(work, report) if self.settings.verify else None
-        record = self._record(report, checksums, digest, measurement)
+        record = self._record(report, checksums, digest, measurement) | ({"tuning": tuning} if tuning else {})
         write_json(work / "lowbit.json", record)
         cost = self._cost(report, quantized - started, time.monotonic() - quantized, peak)
         write_json(work / "lowbit-run.json", cost)
         with output_errors(work):
             (work / "README.md").write_text(model_card(record))
             journal.remove()
+            remove_tuning(work)
+            remove_samples(work)
             os.rename(work, output)
         return Result(output, record, cost)
 
-    def _calibration_windows(self) -> Tensor | None:
-        if not self.plan.needs_calibration:
+    def _calibration_windows(self, work: Path) -> Tensor | None:
+        if not self.plan.needs_calibration and not self.recipe.tune.steps:
             return None
         wanted = self.recipe.calibration
-        if wanted.dataset == "self":
-            from lowbit.pipeline.self_sampling import sample_windows
-
-            return sample_windows(
-                self.source, self.device, wanted.num_samples, wanted.seq_len, wanted.seed, self.progress
-            )
         longest = int(self.checkpoint.config.get("max_position_embeddings") or wanted.seq_len)
         if wanted.seq_len > longest:
             raise RecipeError(
                 f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
                 hint=f"--seq-len {longest}",
             )
-        tokenizer = load_tokenizer(self.checkpoint)
-        return token_windows(wanted.dataset, tokenizer, wanted.num_samples, wanted.seq_len, wanted.seed)
+        parts = wanted.dataset.split("+")
+        texts = [part for part in parts if part != "self"]
+        sampled = round(wanted.num_samples * (len(parts) - len(texts)) / len(parts))
+        windows = []
+        if texts:
+            tokenizer, count = load_tokenizer(self.checkpoint), wanted.num_samples - sampled
+            windows.append(token_windows("+".join(texts), tokenizer, count, wanted.seq_len, wanted.seed))
+        if sampled:
+            windows.append(
+                kept_samples(work, self.source, self.device, sampled, wanted.seq_len, wanted.seed, self.progress)
+            )
+        return torch.cat(windows)
+
+    def _tune(self, windows: Tensor | None, writer: ShardedWriter, work: Path) -> dict[str, Any] | None:
+        wanted = self.recipe.tune
+        if not wanted.steps or windows is None or self.plan.format is None:
+            return None
+        options = TuneOptions(wanted.steps, wanted.rate, wanted.batch, self.recipe.calibration.seed)
+        return tune_artifact(self.plan, self.model, windows, writer, options, self._streams(work), self.progress)
 
     def _inputs(self, digest: str | None) -> dict[str, Any]:
         """Everything that decides the bytes of the artifact."""
@@ -220,7 +240,7 @@ class _Run:
         try:
             if "pydoc" in own.split("+"):
                 seen = self.recipe.calibration
-                every = token_windows(own, tokenizer, seen.num_samples + VERIFY_WINDOWS, seen.seq_len, seen.seed)
+                every = token_windows("pydoc", tokenizer, seen.num_samples + VERIFY_WINDOWS, seen.seq_len, seen.seed)
                 return every[seen.num_samples :, :VERIFY_CONTEXT]
             return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
         except CalibrationError:

@@ -61,6 +61,12 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A method's option.")
     ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="fast, balanced, or best: trained rounding and a last pass over all scales.")
+    ] = None,
+    tune: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="Steps of the last pass over scales and norms; 0 for none.")
+    ] = None,
     refine: Annotated[
         str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")
     ] = None,
@@ -104,6 +110,7 @@ def quantize(
 
     lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
     """
+    from lowbit.api.effort import with_effort
     from lowbit.api.quantize import plan
     from lowbit.api.quantize import quantize as run
     from lowbit.api.run import Settings
@@ -139,6 +146,9 @@ def quantize(
         ignore=tuple(ignore) if ignore else None,
         options=options or None,
     )
+    if effort is not None:
+        chosen = with_effort(chosen, effort)
+    chosen = chosen.updated(tune_steps=tune)
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": _alpha(alpha)})
     settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart)

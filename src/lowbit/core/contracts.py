@@ -131,7 +131,8 @@ class Method:
     quantize(weight [out, in] float32, statistics or None, scheme, options, scale_dtype) -> Quantized.
     options: a frozen dataclass with defaults. needs(options) says which statistics `quantize` is to be given.
     reordered(options) says whether columns will move between groups (`desc_act`), which formats must be able to store.
-    kinds, granularities: of the weight schemes that it can choose numbers for.
+    kinds, granularities: of the weight schemes that it can choose numbers for. learns: whether blocks are trained
+    afterwards, with the fields steps, batch, reach, scale_reach and seed of its options.
     """
 
     name: str
@@ -141,3 +142,4 @@ class Method:
     reordered: Callable[[Any], bool] = lambda options: False
     kinds: tuple[str, ...] = ("int",)
     granularities: tuple[str, ...] = ("group", "channel")
+    learns: bool = False

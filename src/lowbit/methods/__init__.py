@@ -7,6 +7,7 @@ METHODS = Registry(
     {
         "rtn": "lowbit.methods.rtn:METHOD",
         "gptq": "lowbit.methods.gptq:METHOD",
+        "autoround": "lowbit.methods.autoround:METHOD",
         "fp8": "lowbit.methods.fp8:METHOD",
         "fp4": "lowbit.methods.fp4:METHOD",
         "bnb": "lowbit.methods.bnb:METHOD",

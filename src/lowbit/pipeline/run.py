@@ -23,6 +23,7 @@ from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.block import BlockJob, BlockResult, place_weight, quantize_block
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.kv_cache import cache_scales, scale_names
+from lowbit.pipeline.learn import learn_block, learning_batch, learning_layers
 from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.pipeline.writer import ShardedWriter
 
@@ -106,6 +107,10 @@ def _do_block(
             plan.transforms,
         )
         result = quantize_block(job, sequential=sequential, note=progress.note)
+        learns = original is not None and bool(learning_layers(plan.layers))
+        if learns and original is not None:
+            _replay(model, index, module, original, weights)
+            learn_block(job, result, original, progress.note)
         for note in {note for notes in result.notes.values() for note in notes}:
             progress.warn(f"{path}: {note}")
         _write_block(plan, writer, path, result)
@@ -120,7 +125,8 @@ def _do_block(
             progress.note(f"{worst} error {result.errors[worst]:.4f}")
         if index + 1 < len(model.blocks):
             _replay(model, index, module, arriving, None)
-            _replay(model, index, module, original, weights)
+            if not learns:
+                _replay(model, index, module, original, weights)
 
 
 def _weights_as_stored(plan: Plan, model: StreamedModel, index: int) -> dict[str, Tensor]:
@@ -172,12 +178,21 @@ def _embed(
             if arriving is None:
                 arriving = _states((*windows.shape, hidden_size), model, batch, streams, 1 + compares)
             arriving.put(slice(start, start + len(hidden)), hidden)
+        if learning_layers(plan.layers):
+            model.embed(windows[: learning_batch(plan.layers, len(windows))])  # notes what blocks are called with
     assert arriving is not None
     if not compares:
         return arriving, None
     original = _states((*windows.shape, hidden_size), model, batch, streams, 2)
     original.states.copy_(arriving.states)
     return arriving, original
+
+
+def calibration_states(model: StreamedModel, windows: Tensor, streams: Streams) -> Activations:
+    """Room for the hidden states [windows, tokens, hidden] of all windows."""
+    batch = max(1, streams.batch_tokens // windows.shape[1])
+    hidden_size = model.skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    return _states((*windows.shape, hidden_size), model, batch, streams, 1)
 
 
 def _states(shape: tuple[int, ...], model: StreamedModel, batch: int, streams: Streams, copies: int) -> Activations:

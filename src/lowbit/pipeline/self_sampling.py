@@ -6,7 +6,10 @@ token needs all blocks; a model that does not fit needs a text.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint
@@ -16,43 +19,75 @@ from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
 
-_BATCH = 32
+# documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
+_DOCUMENT = 256
+_FILE = "self-sampled.safetensors"
+
+
+def kept_samples(
+    directory: Path,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """`sample_windows`, written into a directory, or read from there when an earlier run sampled them already."""
+    file = directory / _FILE
+    if file.exists():
+        windows = load_file(file)["windows"]
+        if windows.shape == (count, length):
+            return windows
+    windows = sample_windows(checkpoint, device, count, length, seed, progress)
+    temporary = file.with_suffix(".tmp")
+    save_file({"windows": windows}, temporary)
+    temporary.replace(file)
+    return windows
+
+
+def remove_samples(directory: Path) -> None:
+    """Drop the windows of a finished artifact."""
+    (directory / _FILE).unlink(missing_ok=True)
 
 
 def sample_windows(
     checkpoint: Checkpoint, device: torch.device, count: int, length: int, seed: int, progress: Progress
 ) -> Tensor:
-    """[count, length] int64 tokens sampled at temperature 1, each window begun with a random token of the vocabulary.
+    """[count, length] int64: documents of up to 256 tokens sampled at temperature 1, each begun with a random token of
+    the vocabulary, packed one after the other.
 
     Raises CalibrationError when the model does not fit in memory.
     """
     stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
     model = StreamedModel(checkpoint, device, calibration_dtype(device, stored))
-    _check_memory(model, device)
+    document = min(_DOCUMENT, length)
+    total = -(-count * length // document)
+    batch = min(total, _check_memory(model, device, document))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(checkpoint.config["vocab_size"])
-    progress.start("sample", -(-count // _BATCH))
+    progress.start("sample", -(-total // batch))
     with torch.random.fork_rng(), model.whole() as network:
         torch.manual_seed(seed)
-        windows = []
-        for start in range(0, count, _BATCH):
-            size = min(_BATCH, count - start)
-            first = torch.randint(0, vocabulary, (size, 1), generator=generator).to(device)
+        documents = []
+        for start in range(0, total, batch):
+            first = torch.randint(0, vocabulary, (min(batch, total - start), 1), generator=generator).to(device)
             ids = network.generate(  # type: ignore[operator]
                 first,
                 attention_mask=torch.ones_like(first),
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
+                min_new_tokens=document - 1,
+                max_new_tokens=document - 1,
                 do_sample=True,
                 top_k=0,
                 pad_token_id=0,
             )
-            windows.append(ids.cpu())
+            documents.append(ids.cpu())
             progress.advance()
-    return torch.cat(windows)
+    return torch.cat(documents).flatten()[: count * length].view(count, length)
 
 
-def _check_memory(model: StreamedModel, device: torch.device) -> None:
+def _check_memory(model: StreamedModel, device: torch.device, document: int) -> int:
+    """How many documents can be sampled at once: their cache takes at most half of what the weights leave free."""
     import psutil
 
     parameters = sum(parameter.numel() for parameter in model.skeleton.parameters())
@@ -63,3 +98,7 @@ def _check_memory(model: StreamedModel, device: torch.device) -> None:
             f"--dataset self needs the whole model in memory: {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
             hint="give a text instead: --dataset pydoc or a file",
         )
+    config = model.checkpoint.config
+    # keys and values of all heads, and the logits of the last token in float32
+    cache = 2 * len(model.blocks) * int(config["hidden_size"]) * model.dtype.itemsize * document
+    return max(1, min(1024, int((free - need) / 2 / (cache + 12 * int(config["vocab_size"])))))

@@ -1,0 +1,47 @@
+"""Effort levels: one word for how much time accuracy is worth, resolved into plain fields of the recipe.
+
+fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
+is sampled from the model itself, blocks are trained (autoround), and a last pass trains scales and norms end to end.
+docs/accuracy.md has the time and divergence of each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowbit.core.errors import RecipeError
+from lowbit.recipe import Calibration, Recipe
+
+Effort = Literal["fast", "balanced", "best"]
+EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
+_TUNE_STEPS = 64
+# what learned rounding can start from: integer grids whose codes calibration chooses
+_LEARNABLE = ("rtn", "gptq", "autoround")
+
+
+def with_effort(recipe: Recipe, effort: str) -> Recipe:
+    """The recipe at another effort. Raises RecipeError for an unknown level, or one that means nothing for the method."""
+    if effort not in EFFORTS:
+        raise RecipeError(f"effort {effort!r} is unknown", hint=f"one of {', '.join(EFFORTS)}")
+    if effort == "balanced":
+        return recipe
+    if effort == "fast":
+        return recipe.updated(options={"asymmetric": 0, "refine": 0}) if recipe.method == "gptq" else recipe
+    if recipe.method not in _LEARNABLE or recipe.format == "gguf":
+        raise RecipeError(
+            f"--effort best trains codes and scales, and method {recipe.method!r} in format {recipe.format!r} has none "
+            "that it could",
+            hint=f"--method {' or '.join(_LEARNABLE)}",
+        )
+    options = recipe.options if recipe.method != "rtn" else {}
+    return Recipe.parse({
+        **recipe.model_dump(), "method": "autoround", "options": {**options, "refine": 0}, "tune": {"steps": _TUNE_STEPS},
+        "calibration": _with_self(recipe.calibration).model_dump(),
+    })  # fmt: skip
+
+
+def _with_self(text: Calibration) -> Calibration:
+    """Half as many windows again, half of them the model's own text: fitting one text alone is what other text pays for."""
+    if "self" in text.dataset.split("+"):
+        return text
+    return text.model_copy(update={"dataset": f"{text.dataset}+self", "num_samples": text.num_samples * 3 // 2})

@@ -1,0 +1,32 @@
+"""What every training loop here shares: arithmetic that gives the same numbers every time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Kernels that add up in the same order every time (attention's backward pass on a GPU does not by itself)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        # cuBLAS asks for a workspace setting that only matters with several streams
+        warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
+def mixed_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in bfloat16, everything else in float32; on a CPU without bfloat16 units all in float32."""
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        yield

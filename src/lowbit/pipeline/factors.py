@@ -1,0 +1,107 @@
+"""What the last pass trains: a factor for every scale and every norm weight, as one vector with its Adam moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit.core.streamed_model import StreamedModel
+
+# Kingma and Ba 2014; the second moment forgets faster than usual since there are few steps
+_FIRST, _SECOND, _TINY = 0.9, 0.95, 1e-8
+
+
+class Factors:
+    """values: float32, one for each scale [out, groups] and each weight of a norm, by block and parameter name.
+
+    A scale becomes scale * (1 + value); a norm weight w becomes w + value * max(|w|, mean |w|), which also moves weights
+    that are kept near zero (norms that multiply by 1 + w). file: where the training state is saved.
+    """
+
+    def __init__(
+        self, artifact: StreamedModel, columns: Mapping[str, Tensor], file: Path, device: torch.device
+    ) -> None:
+        """columns: layer path -> [in] int64, the group of each input column.
+
+        Continues from `file` when it is there.
+        """
+        self.file = file
+        self.columns = {path: groups.to(device) for path, groups in columns.items()}
+        self._places: list[dict[str, tuple[int, tuple[int, ...]]]] = []
+        self._paths = [artifact.block_path(index) for index in range(len(artifact.blocks))]
+        total = 0
+        for path, block in zip(self._paths, artifact.blocks, strict=True):
+            own: dict[str, tuple[int, tuple[int, ...]]] = {}
+            for name, parameter in block.named_parameters():
+                groups = self.columns.get(f"{path}.{name.removesuffix('.weight')}")
+                if groups is not None:
+                    shape = (parameter.shape[artifact.architecture.transposed], int(groups.max()) + 1)
+                elif parameter.dim() == 1 and name.endswith(".weight"):
+                    shape = tuple(parameter.shape)
+                else:
+                    continue
+                own[name] = (total, shape)
+                total += torch.Size(shape).numel()
+            self._places.append(own)
+        self.transposed = artifact.architecture.transposed
+        self.values, self.first, self.second = (torch.zeros(total, device=device) for _ in range(3))
+        self.gradient = torch.zeros(total, device=device)
+        self.step = 0
+        if file.exists():
+            self._load()
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The factors of a block, by parameter name: views of `values`."""
+        return {name: self._view(self.values, place) for name, place in self._places[index].items()}
+
+    def apply(self, index: int, name: str, weight: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """A parameter in float32 as the factors make it."""
+        factor = factors.get(name)
+        if factor is None:
+            return weight.float()
+        if weight.dim() == 1:
+            return weight.float() + factor * norm_unit(weight)
+        groups = self.columns[f"{self._paths[index]}.{name.removesuffix('.weight')}"]
+        spread = (1 + factor)[:, groups]
+        return weight.float() * (spread.T if self.transposed else spread)
+
+    def add_gradient(self, index: int, name: str, gradient: Tensor) -> None:
+        """Keep the gradient of one parameter's factors for the next step."""
+        self._view(self.gradient, self._places[index][name]).copy_(gradient)
+
+    def descend(self, rate: float) -> None:
+        """One step of Adam."""
+        self.step += 1
+        self.first.lerp_(self.gradient, 1 - _FIRST)
+        self.second.mul_(_SECOND).addcmul_(self.gradient, self.gradient, value=1 - _SECOND)
+        size = (self.second / (1 - _SECOND**self.step)).sqrt_().add_(_TINY)
+        self.values.addcdiv_(self.first, size, value=-rate / (1 - _FIRST**self.step))
+
+    def save(self) -> None:
+        """Put the training state into the file, whole or not at all."""
+        temporary = self.file.with_suffix(".tmp")
+        state = {"values": self.values, "first": self.first, "second": self.second}
+        save_file({name: tensor.cpu() for name, tensor in state.items()}, temporary, metadata={"step": str(self.step)})
+        temporary.replace(self.file)
+
+    def _load(self) -> None:
+        with safe_open(self.file, "pt") as stored:
+            for name in ("values", "first", "second"):
+                getattr(self, name).copy_(stored.get_tensor(name))
+            self.step = int(stored.metadata()["step"])
+
+    @staticmethod
+    def _view(flat: Tensor, place: tuple[int, tuple[int, ...]]) -> Tensor:
+        start, shape = place
+        return flat[start : start + torch.Size(shape).numel()].view(shape)
+
+
+def norm_unit(weight: Tensor) -> Tensor:
+    """What a factor of a norm's weight multiplies: its size, or the usual size where it is smaller."""
+    size = weight.float().abs()
+    return size.clamp_min(size.mean().item())

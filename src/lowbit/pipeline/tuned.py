@@ -1,0 +1,104 @@
+"""The last pass within a run: train the factors on the artifact as it was written, then write what they change.
+
+The new numbers are put aside whole before the first of them goes into the artifact, so a run that is killed at any moment
+continues to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit.core.checkpoint.safetensors import SafetensorsCheckpoint
+from lowbit.core.primitives import stored_scale
+from lowbit.core.progress import Progress
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.formats.reader import ArtifactCheckpoint
+from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.factors import Factors, norm_unit
+from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.run import Streams, calibration_states
+from lowbit.pipeline.tune import TuneOptions, last_states, tune
+from lowbit.pipeline.writer import ShardedWriter
+
+_STATE, _RESULT = "tuning.safetensors", "tuned.safetensors"
+
+
+def tune_artifact(
+    plan: Plan,
+    model: StreamedModel,
+    windows: Tensor,
+    writer: ShardedWriter,
+    options: TuneOptions,
+    streams: Streams,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Tune the artifact in the writer's directory; returns {"before", "after"}, KL on held-out calibration windows."""
+    directory = writer.directory
+    stored = ArtifactCheckpoint(SafetensorsCheckpoint(directory))
+    if not (directory / _RESULT).exists():
+        artifact = StreamedModel(stored, model.device, model.dtype)
+        factors = Factors(artifact, _columns(plan, stored), directory / _STATE, model.device)
+        teacher: Activations = calibration_states(model, windows, streams)
+        last_states(model, windows, teacher, progress)
+        found = tune(model, artifact, factors, teacher, windows, options, progress)
+        _put_aside(stored, artifact, factors, directory / _RESULT, {"before": found.before, "after": found.after})
+    return _write(plan, stored, writer, directory / _RESULT)
+
+
+def remove_tuning(directory: Path) -> None:
+    """Drop the training state of a finished artifact."""
+    for name in (_STATE, _RESULT):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _columns(plan: Plan, stored: ArtifactCheckpoint) -> dict[str, Tensor]:
+    """The group of each input column of every layer whose scales are plain floats for rows and groups of columns."""
+    found = {}
+    for path, layer in plan.layers.items():
+        weights = layer.scheme.weights
+        if weights is not None and weights.granularity in ("group", "channel") and weights.kind in ("int", "float"):
+            found[path] = stored.qtensor(path).column_groups()
+    return found
+
+
+def _put_aside(
+    stored: ArtifactCheckpoint, artifact: StreamedModel, factors: Factors, file: Path, said: Mapping[str, float]
+) -> None:
+    """All changed scales and norm weights, as they will be stored."""
+    changed: dict[str, Tensor] = {}
+    for index in range(len(artifact.blocks)):
+        path = artifact.block_path(index)
+        for name, factor in factors.block(index).items():
+            module, own = f"{path}.{name.removesuffix('.weight')}", factor.cpu()
+            if module in factors.columns:
+                scale = stored.qtensor(module).scale
+                changed[module] = stored_scale(scale.float() * (1 + own), scale.dtype).to(scale.dtype)
+            else:
+                weight = stored.read(f"{path}.{name}")
+                changed[f"{path}.{name}"] = (weight.float() + own * norm_unit(weight)).to(weight.dtype)
+    temporary = file.with_suffix(".tmp")
+    save_file(changed, temporary, metadata={key: repr(value) for key, value in said.items()})
+    temporary.replace(file)
+
+
+def _write(plan: Plan, stored: ArtifactCheckpoint, writer: ShardedWriter, file: Path) -> dict[str, Any]:
+    assert plan.format is not None
+    with safe_open(file, "pt") as changed:
+        for name in changed.keys():  # noqa: SIM118 - no mapping
+            layer = plan.layers.get(name)
+            if layer is None:
+                writer.write(name, changed.get_tensor(name))
+                continue
+            tensor = replace(stored.qtensor(name), scale=changed.get_tensor(name))
+            for suffix, packed in plan.format.encode(tensor, layer.scheme, plan.dtype).items():
+                writer.write(f"{name}.{suffix}", packed)
+        writer.sync()
+        return {key: float(value) for key, value in changed.metadata().items()}
