@@ -61,7 +61,8 @@ def learn_block(job: BlockJob, result: BlockResult, targets: Activations, note: 
             seed=options.seed,
         )
     if learned.kept_start:
-        said = f"learned rounding did not help on held-out windows (loss {learned.before:.4g} -> {learned.after:.4g}): kept the start"
+        losses = f"{learned.before:.4g} -> {learned.after:.4g}"
+        said = f"learned rounding did not help on held-out windows (loss {losses}): kept the start"
         result.notes.setdefault(prefix + names[0], []).append(said)
         return
     note(f"{job.path} held-out loss {learned.before:.4g} -> {learned.after:.4g}")
