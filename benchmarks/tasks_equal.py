@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--hellaswag", type=int, default=400, help="items; 0 leaves it out")
-    parser.add_argument("--subjects", default="", help="of MMLU, all their items")
+    parser.add_argument("--subjects", default="", help="of MMLU")
+    parser.add_argument("--mmlu-limit", type=int, default=None, help="first items of each subject")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -77,7 +78,9 @@ def _ours(asked: argparse.Namespace, subjects: list[str]) -> dict[str, dict[str,
     from lowbit.api.evaluation import Evaluation, evaluate_run
     from lowbit.evals.store import ResultStore
 
-    tasks = [f"hellaswag:{asked.hellaswag}"] * bool(asked.hellaswag) + [f"mmlu_{name}" for name in subjects]
+    tasks = [f"hellaswag:{asked.hellaswag}"] * bool(asked.hellaswag) + [
+        f"mmlu_{name}" + (f":{asked.mmlu_limit}" if asked.mmlu_limit else "") for name in subjects
+    ]
     wanted = Evaluation(
         tasks=",".join(tasks), data=asked.data, dtype=asked.dtype, device=asked.device, batch_size=asked.batch_size
     )
@@ -116,7 +119,9 @@ def _theirs(asked: argparse.Namespace, subjects: list[str]) -> dict[str, dict[st
             done = lm_eval.simple_evaluate(tasks=["hellaswag_here"], limit=asked.hellaswag, **settings)
             found |= done["results"]
         if subjects:
-            done = lm_eval.simple_evaluate(tasks=[f"mmlu_here_{s}" for s in subjects], num_fewshot=5, **settings)
+            done = lm_eval.simple_evaluate(
+                tasks=[f"mmlu_here_{s}" for s in subjects], num_fewshot=5, limit=asked.mmlu_limit, **settings
+            )
             found |= done["results"]
     return {
         task.replace("_here", ""): {
