@@ -33,19 +33,25 @@ def test_bench_of_a_running_server(tmp_path: Path) -> None:
 
 def test_bench_of_an_artifact_is_kept_for_predictions(smollm2_gguf: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    done = run(tmp_path, "bench", smollm2_gguf, "--concurrency", "2", "--num-requests", "2", "--input-len", "16",
+    file = tmp_path / "m.gguf"
+    shutil.copy(smollm2_gguf, file)
+    (tmp_path / "m.lowbit-eval.json").write_text(json.dumps({"artifact": str(file), "base": "b", "tasks": {"t": 1}}))
+    done = run(tmp_path, "bench", file, "--concurrency", "2,1", "--num-requests", "2", "--input-len", "16",
                "--output-len", "4", "--threads", "1", "--json", XDG_DATA_HOME=str(tmp_path / "data"))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    [row] = json.loads(done.stdout)
+    row, alone = json.loads(done.stdout)
     assert row["runtime"] == "llama.cpp"
     assert row["load"]["output_tokens"] == 8  # the end of text does not end an answer here
     assert 12 <= row["load"]["prompt_tokens"] / 2 <= 20
     assert row["memory_mib"] > 90  # the weights alone
     assert row["load"]["ttft"]["p50"] > 0
-    kept = json.loads((tmp_path / "data/lowbit/bench.jsonl").read_text())
+    kept = json.loads((tmp_path / "data/lowbit/bench.jsonl").read_text().splitlines()[0])
     assert kept["runtime"] == "llama.cpp"
     assert kept["decode_tokens_per_s"] > 0
     assert (kept["context"], kept["concurrency"]) == (20, 2)
+    told = json.loads((tmp_path / "m.lowbit-eval.json").read_text())
+    assert told["speed"]["time_to_first_token"] == alone["load"]["ttft"]["mean"]
+    assert told["tasks"] == {"t": 1}
 
 
 def test_chat_asks_and_remembers(tmp_path: Path) -> None:

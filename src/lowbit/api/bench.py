@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import __version__
+from lowbit.api.runs import read_run, run_file, write_run
 from lowbit.api.serve import ServePlan, plan, serving
 from lowbit.core.errors import ServeError
 from lowbit.core.progress import Progress, Silent
@@ -64,8 +65,8 @@ def bench(
 
     options: of the server; its context and slots are set to what the workload needs. own: also run `vllm bench serve`
     against the same server, or llama-bench on the file, where they are installed. record: append what was measured to the
-    local file that predictions are corrected by. Raises LowbitError subclasses as `serve` does, and ServeError when no
-    request is answered.
+    local file that predictions are corrected by, and put one client's speed into the artifact's run for the report.
+    Raises LowbitError subclasses as `serve` does, and ServeError when no request is answered.
     """
     work = workload or Workload()
     listener = progress or Silent()
@@ -99,6 +100,7 @@ def bench(
             )
     if record:
         _remember(planned, rows, work)
+        _into_run(Path(model), rows)
     return rows
 
 
@@ -164,6 +166,24 @@ def _remember(planned: ServePlan, rows: list[BenchRow], workload: Workload) -> N
                 lowbit=__version__,
             )
         )
+
+
+def _into_run(model: Path, rows: list[BenchRow]) -> None:
+    """The speed of one client becomes part of the artifact's run, which `compare` and `report` show; where there is one."""
+    alone = next((row for row in rows if row.load.concurrency == 1), None)
+    file = run_file(model)
+    if alone is None or not file.is_file():
+        return
+    load, run = alone.load, read_run(file)
+    run["speed"] = {
+        "prefill_tokens_per_second": load.prompt_tokens / load.requests / load.ttft["mean"],
+        "decode_tokens_per_second": 1 / load.tpot["mean"] if load.tpot else 0.0,
+        "time_to_first_token": load.ttft["mean"],
+        "peak_memory": round((alone.gpu_memory_mib or alone.memory_mib or 0.0) * 2**20),
+        "runtime": alone.runtime,
+        "prompt_tokens": round(load.prompt_tokens / load.requests),
+    }
+    write_run(run, file)
 
 
 def _base(artifact: Artifact) -> str:
