@@ -186,11 +186,20 @@ def _filled(asked: ServeOptions, artifact: Artifact, choice: Choice, machine: Ma
         threads = machine.cores
     return replace(
         asked,
+        gpu_memory=_gpu_share(asked, choice, machine),
         device=choice.device,
         context=asked.context or min(longest, DEFAULT_CONTEXT),
         threads=threads,
         port=asked.port or free_port(asked.host),
     )
+
+
+def _gpu_share(asked: ServeOptions, choice: Choice, machine: Machine) -> float:
+    """What was asked for, or what others left free: vLLM does not start when it is promised more than that."""
+    if choice.device == "cpu" or choice.runtime.name != "vllm":
+        return asked.gpu_memory
+    free = min(gpu.free / gpu.memory for gpu in machine.gpus)
+    return min(asked.gpu_memory, math.floor(100 * free) / 100)
 
 
 def _memory(
