@@ -245,7 +245,7 @@ class _GgufRun:
             self.progress,
             base=StreamedModel(self.checkpoint, self.device, torch.float32),
         )
-        check(measurement, job.errors(), self.settings.max_kl)
+        check(measurement, job.errors(), self.settings.max_kl, self.settings.min_recovery)
         return measurement
 
     def _publish(self, work: Path, record: dict[str, Any], cost: dict[str, Any], names: list[str]) -> None:

@@ -230,7 +230,7 @@ class _Run:
             self.progress,
             base=StreamedModel(self.source, self.device, torch.float32),
         )
-        check(measurement, report.errors, self.settings.max_kl)
+        check(measurement, report.errors, self.settings.max_kl, self.settings.min_recovery)
         return measurement
 
     def _held_out_windows(self) -> Tensor:

@@ -25,7 +25,8 @@ class Result:
 class Settings:
     """How a run is carried out; none of it changes what the artifact means.
 
-    max_memory: bytes that calibration states may take before they spill to disk.
+    max_memory: bytes that calibration states may take before they spill to disk. max_kl (nats), min_recovery (percent, of
+    perplexity): what verification asks of the result.
     """
 
     device: str = "auto"
@@ -34,3 +35,4 @@ class Settings:
     verify: bool = True
     max_kl: float | None = None
     restart: bool = False
+    min_recovery: float | None = None

@@ -93,6 +93,13 @@ def quantize(
         bool, typer.Option("--check", help="Then serve it and check what the runtime answers (lowbit check).")
     ] = False,
     max_kl: Annotated[float | None, typer.Option(help="Fail when the KL divergence is above this (nats).")] = None,
+    min_recovery: Annotated[
+        float | None,
+        typer.Option(help="Fail when less than this percentage of the base's quality (perplexity) is left."),
+    ] = None,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Where it fails so, try the next better scheme.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop an unfinished run instead of continuing it.")
     ] = False,
@@ -111,6 +118,7 @@ def quantize(
     lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
     """
     from lowbit.api.effort import with_effort
+    from lowbit.api.fallback import quantize_with_fallback
     from lowbit.api.quantize import plan
     from lowbit.api.quantize import quantize as run
     from lowbit.api.run import Settings
@@ -151,7 +159,9 @@ def quantize(
     chosen = chosen.updated(tune_steps=tune)
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": _alpha(alpha)})
-    settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart)
+    settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart, min_recovery)
+    if no_verify and (fallback or max_kl is not None or min_recovery is not None):
+        raise RecipeError("--max-kl, --min-recovery and --fallback need verification", hint="leave --no-verify out")
     if dry_run and chosen.format == "gguf":
         raise RecipeError(
             "a GGUF file's tensors are known only once the checkpoint is converted", hint="leave --dry-run out"
@@ -166,7 +176,8 @@ def quantize(
             "warning: vLLM refuses desc_act checkpoints since 0.32; --act-order static loads everywhere", err=True
         )
     with listener(quiet=quiet or as_json) as progress:
-        result = run(model, output=output, recipe=chosen, settings=settings, progress=progress)
+        quantized = quantize_with_fallback if fallback else run
+        result = quantized(model, output=output, recipe=chosen, settings=settings, progress=progress)
     if as_json:
         print(json.dumps({"path": str(result.path), **result.record, "run": result.run}, indent=2))
     else:

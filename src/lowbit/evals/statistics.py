@@ -143,7 +143,7 @@ def _normal_p(differences: Sequence[float]) -> float:
 
 
 def recovery_percent(score: float, base: float, *, higher_is_better: bool = True) -> float:
-    """How much of the base's score is left, in percent; for a perplexity, base / score. 100 where the base has nothing to lose."""
+    """How much of the base's score is left, in percent; for a perplexity, base / score. 100 for a base of nought."""
     top, bottom = (score, base) if higher_is_better else (base, score)
     if bottom == 0:
         return 100.0
