@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from lowbit import __version__
+from lowbit.api.engines import IN_PROCESS, Answering, answering, check_runtime, is_url
 from lowbit.api.runs import record_file
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import RecipeError, did_you_mean
+from lowbit.core.errors import RecipeError
 from lowbit.core.hardware import pick_device
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
@@ -28,7 +29,7 @@ from lowbit.core.tokenizer import load_tokenizer
 from lowbit.environments import default_root
 from lowbit.evals.divergence import measure_details
 from lowbit.evals.footprint import footprint
-from lowbit.evals.llama_cpp import LISTED, embedded_server
+from lowbit.evals.probe import RUNTIMES as PROBED
 from lowbit.evals.probe import probe, probe_endpoint
 from lowbit.evals.served import measure_served
 from lowbit.evals.state_cache import KIND
@@ -41,9 +42,6 @@ from lowbit.evals.tasks.harness import LeafResult, run_leaf, together
 from lowbit.evals.tasks.local_data import LocalData
 from lowbit.formats.reader import open_artifact
 
-RUNTIMES = ("transformers", "llama.cpp")
-# of vLLM unless its --max-logprobs says otherwise
-_OPENAI_LISTED = 20
 _SERVED_WINDOWS, _SERVED_CONTEXT = 2, 128
 
 
@@ -54,11 +52,11 @@ class Evaluation:
     tasks: "kl", "perplexity" and lm-eval's tasks, comma-separated, each with its own limit after a colon if it has one.
     limit: items of each task (of a group, of each of its tasks). shots: instead of a task's default. data: a folder of task
     data instead of the hub. runtime: what tasks run on: "transformers" (dequantized weights, in this process), "llama.cpp"
-    (embedded), or the URL of a server. dtype: of transformers' computing: "auto" is the checkpoint's own, as in lm-eval.
-    dataset, windows, context: text for KL and perplexity, in windows next to each other (the stride is the window).
-    held_out: of a calibration on that text (num_samples, seq_len, seed): windows that it did not see.
-    speed: also measure tokens/s and peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for the size
-    of the KV cache. tokenizer: a checkpoint, for a URL alone. rerun: also what is known from before.
+    (embedded), "vllm" (started for it), or the URL of a server. dtype: that transformers compute in: "auto" is the
+    checkpoint's own, as in lm-eval. dataset, windows, context: text for KL and perplexity, in windows next to each other
+    (the stride is the window). held_out: of a calibration on that text (num_samples, seq_len, seed): windows that it did
+    not see. speed: also measure tokens/s and peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for
+    the size of the KV cache. tokenizer: a checkpoint, for a URL alone. rerun: also what is known from before.
     """
 
     tasks: str = "kl"
@@ -109,7 +107,7 @@ class _Evaluating:
         self, artifact: str, base: str | Path | None, wanted: Evaluation, progress: Progress, cache: Path
     ) -> None:
         self.artifact, self.wanted, self.progress, self.cache = artifact, wanted, progress, cache
-        self.is_url = artifact.startswith(("http://", "https://"))
+        self.is_url = is_url(artifact)
         self.runtime = artifact if self.is_url else wanted.runtime
         self.tasks: list[Wanted] = parse_tasks(wanted.tasks, wanted.limit)
         self.leaves = find_leaves(self.tasks, shots=wanted.shots)
@@ -117,7 +115,7 @@ class _Evaluating:
         self.digests = {leaf.name: self.data.digest(leaf.name) for leaf in self.leaves} if self.data else {}
         self.device = pick_device(wanted.device)
         self.base = None if base is None else str(base)
-        self._check_runtime()
+        check_runtime(self.runtime, artifact)
         source = wanted.tokenizer or (self.base or "" if self.is_url else artifact)
         if not source:
             raise RecipeError("a server's text needs its model's tokenizer", hint="--tokenizer MODEL, or --base MODEL")
@@ -151,18 +149,6 @@ class _Evaluating:
         run["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return run
 
-    def _check_runtime(self) -> None:
-        if self.runtime in RUNTIMES or self.runtime.startswith(("http://", "https://")):
-            if self.runtime == "llama.cpp" and not self.artifact.endswith(".gguf"):
-                raise RecipeError(
-                    "the embedded llama.cpp reads .gguf files", hint="--runtime transformers, or a .gguf file"
-                )
-            return
-        raise RecipeError(
-            f"runtime {self.runtime!r} is unknown{did_you_mean(self.runtime, RUNTIMES)}",
-            hint=f"{', '.join(RUNTIMES)}, or the URL of a server that was started with `lowbit serve` or otherwise",
-        )
-
     def _opened(self, artifact: str) -> Checkpoint:
         """Dense weights, float32 when a divergence is measured on them."""
         if artifact.endswith(".gguf") and self.base_checkpoint is not None:
@@ -193,7 +179,7 @@ class _Evaluating:
                     "histogram": {"low": found.low, "high": found.high, "counts": found.histogram},
                     "worst": [self._in_words(windows, worst) for worst in found.worst],
                 }
-        if base is not None and self.runtime != "transformers":
+        if base is not None and self.runtime != IN_PROCESS:
             content["served"] = self._served(base)
         return content
 
@@ -224,9 +210,8 @@ class _Evaluating:
     def _served(self, base: StreamedModel) -> dict[str, Any]:
         windows = first_windows(self.wanted.dataset, self.tokenizer, _SERVED_WINDOWS, _SERVED_CONTEXT)
         dense = None if self.checkpoint is None else self._streamed(self.checkpoint)
-        with self._server(_SERVED_CONTEXT + 8) as endpoint:
-            listed = LISTED if endpoint.is_llama_cpp else _OPENAI_LISTED
-            return measure_served(endpoint, base, dense, windows, self.progress, listed=listed).to_dict()
+        with self._server(_SERVED_CONTEXT + 8) as server:
+            return measure_served(server.endpoint, base, dense, windows, self.progress, listed=server.listed).to_dict()
 
     def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
         dense = open_artifact(checkpoint, torch.float32)
@@ -249,8 +234,8 @@ class _Evaluating:
         """Every leaf's result: kept ones, and the rest run and kept one by one."""
         with ExitStack() as stack:
             endpoint = None
-            if runtime != "transformers":
-                endpoint = stack.enter_context(self._server(self._longest()))
+            if runtime != IN_PROCESS:
+                endpoint = stack.enter_context(self._server(self._longest())).endpoint
             keys = {leaf.name: self._key(leaf, checkpoint, runtime, endpoint) for leaf in self.leaves}
             found = {} if self.wanted.rerun else {name: self.store.get(key) for name, key in keys.items()}
             missing = [leaf for leaf in self.leaves if found.get(leaf.name) is None]
@@ -309,14 +294,11 @@ class _Evaluating:
             yield engine
 
     @contextmanager
-    def _server(self, context: int) -> Iterator[Endpoint]:
-        if self.runtime != "llama.cpp":
-            endpoint = Endpoint(self.runtime)
-            endpoint.check_scores(self.tokenizer("Paris is in France").input_ids)
-            yield endpoint
-            return
-        with embedded_server(Path(self.artifact), context) as address:
-            yield Endpoint(address)
+    def _server(self, context: int) -> Iterator[Answering]:
+        with answering(self.runtime, self.artifact, context, self.wanted.device) as server:
+            if not server.endpoint.is_llama_cpp:
+                server.endpoint.check_scores(self.tokenizer("Paris is in France").input_ids)
+            yield server
 
     def _longest(self) -> int:
         """Tokens of the longest prompt that an endpoint is asked for."""
@@ -352,14 +334,14 @@ class _Evaluating:
     def _speed(self) -> dict[str, Any]:
         prompt, tokens = self.wanted.prompt_tokens, self.wanted.new_tokens
         self.progress.start("speed", 1)
-        if self.runtime in RUNTIMES:
-            device = str(self.device) if self.runtime == "transformers" else "cpu"
+        if self.runtime in PROBED:
+            device = str(self.device) if self.runtime == IN_PROCESS else "cpu"
             found = probe(self.artifact, self.runtime, prompt=prompt, tokens=tokens, device=device)
         else:
-            endpoint = Endpoint(self.runtime)
-            found = probe_endpoint(endpoint.url, endpoint.model, prompt=prompt, tokens=tokens) | {
-                "runtime": self.runtime
-            }
+            with self._server(prompt + tokens + 8) as server:
+                endpoint = server.endpoint
+                found = probe_endpoint(endpoint.url, endpoint.model, prompt=prompt, tokens=tokens)
+                found |= {"runtime": self.runtime}
         if "error" in found:
             self.progress.warn(f"{self.runtime} could not be timed: {found['error']}")
         self.progress.advance()

@@ -30,7 +30,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Task data as TASK.SPLIT.jsonl, instead of the hub.")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="What tasks run on: transformers, llama.cpp, or the URL of a running server.")
+        str, typer.Option(help="What tasks run on: transformers, llama.cpp, vllm, or a server's URL.")
     ] = "transformers",
     dtype: Annotated[str, typer.Option(help="In transformers: auto (the checkpoint's), bfloat16, float32.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="In transformers: 8 on a CPU, else 32.")] = None,
