@@ -122,41 +122,40 @@ def _compare(
     """Judge the answers by the weights: share of next tokens that are the likeliest, and findings."""
     close = _CLOSE_ACTIVATIONS if any(_rounds_activations(label) for label in artifact.labels) else _CLOSE
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    expected = [row[-1] for row in _log_probs(model, prompts)]
-    exact = [_says(tokenizer, row, text, 0.0) for row, text in zip(expected, answers.next, strict=True)]
-    near = [_says(tokenizer, row, text, close) for row, text in zip(expected, answers.next, strict=True)]
-    findings = [
-        Finding(
-            "next tokens",
-            sum(near) >= _AGREEMENT * len(near),
-            f"{sum(exact)}/{len(exact)} as the dequantized weights, {sum(near)} within {close} nats",
-        )
-    ]
-    whole = tokenizer(PROMPTS[0] + answers.text)["input_ids"]
-    [scores] = _log_probs(model, [whole])
-    told = scores[:-1].gather(1, torch.tensor(whole)[1:, None])[len(prompts[0]) - 1 :]
+    text = tokenizer(PROMPTS[0] + answers.text)["input_ids"]
+    chat = (
+        tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if chats
+        else []
+    )
+    long = tokenizer(long_prompt)["input_ids"]
+    *rows, scores, after_template, after_long = _log_probs(model, [[*prompts, text, chat or [0]], [long]])
+    expected = [row[-1] for row in rows]
+    exact = [_says(tokenizer, row, said, 0.0) for row, said in zip(expected, answers.next, strict=True)]
+    near = [_says(tokenizer, row, said, close) for row, said in zip(expected, answers.next, strict=True)]
+    same = f"{sum(exact)}/{len(exact)} as the dequantized weights, {sum(near)} within {close} nats"
+    findings = [Finding("next tokens", sum(near) >= _AGREEMENT * len(near), same)]
+    told = scores[:-1].gather(1, torch.tensor(text)[1:, None])[len(prompts[0]) - 1 :]
     surprise = -told.mean().item() if len(told) else float("inf")
-    findings.append(Finding("no garbage", surprise < _GARBAGE,
-                            f"{surprise:.2f} nats a token under the weights: {answers.text[:60]!r}"))  # fmt: skip
+    seen = f"{surprise:.2f} nats a token under the weights: {answers.text[:60]!r}"
+    findings.append(Finding("no garbage", surprise < _GARBAGE, seen))
     if answers.long:
-        [row] = _log_probs(model, [tokenizer(long_prompt)["input_ids"]], last=True)
-        findings.append(Finding("long prompt", _says(tokenizer, row[-1], answers.long, max(close, 0.5)),
-                                f"{answers.long!r} next, as the weights say"
-                                if _says(tokenizer, row[-1], answers.long, 0.0) else f"{answers.long!r} next"))  # fmt: skip
+        # 16-bit positions far from the start differ more than those near it
+        fits = _says(tokenizer, after_long[-1], answers.long, max(close, 0.5))
+        likeliest = tokenizer.decode([int(after_long[-1].argmax())])
+        findings.append(Finding("long prompt", fits, f"{answers.long!r} next, the weights say {likeliest!r}"))
     if chats:
-        findings.append(_chat_finding(model, tokenizer, answers, close))
+        findings.append(_chat_finding(after_template[-1], tokenizer, answers.chat, close))
     return sum(exact) / len(exact), findings
 
 
-def _chat_finding(model: StreamedModel, tokenizer: Any, answers: Answers, close: float) -> Finding:
-    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
-    [row] = _log_probs(model, [ids])
-    first = tokenizer.decode([int(row[-1].argmax())])
-    # the answer begins with the token that the template leads to, or with one as good
-    options = [tokenizer.decode([i]) for i in row[-1].topk(10).indices.tolist() if row[-1].max() - row[-1][i] <= close]
-    ok = any(answers.chat.startswith(option.strip()) for option in options)
-    return Finding("chat template", ok, "the answer begins as the template leads to" if ok
-                   else f"expected {first!r} first, got {answers.chat[:40]!r}")  # fmt: skip
+def _chat_finding(row: Tensor, tokenizer: Any, said: str, close: float) -> Finding:
+    """The answer begins with the token that the template leads to, or with one as good. row: [vocabulary]."""
+    likely = [i for i in row.topk(10).indices.tolist() if row.max() - row[i] <= close]
+    begins = any(said.startswith(tokenizer.decode([i]).strip()) for i in likely)
+    first = tokenizer.decode([int(row.argmax())])
+    return Finding("chat template", begins, "the answer begins as the template leads to" if begins
+                   else f"expected {first!r} first, got {said[:40]!r}")  # fmt: skip
 
 
 def _says(tokenizer: Any, row: Tensor, text: str, close: float) -> bool:
@@ -175,20 +174,23 @@ def _rounds_activations(label: str) -> bool:
 
 
 @torch.no_grad()
-def _log_probs(model: StreamedModel, sequences: list[list[int]], last: bool = False) -> list[Tensor]:
-    """[tokens, vocabulary] log-probabilities of each sequence, or [1, vocabulary] of its last token, block by block.
+def _log_probs(model: StreamedModel, batches: list[list[list[int]]]) -> list[Tensor]:
+    """[tokens, vocabulary] log-probabilities of every sequence of every batch; each block is loaded once.
 
-    Shorter ones are filled up at their end, which a causal model does not see.
+    Shorter sequences of a batch are filled up at their end, which a causal model does not see. Of a batch of one sequence
+    only the last token's are computed, [1, vocabulary].
     """
-    length = max(map(len, sequences))
-    ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences])
     with model.outside():
-        hidden = model.embed(ids)
+        states = []
+        for batch in batches:
+            length = max(map(len, batch))
+            states.append(model.embed(torch.tensor([ids + [0] * (length - len(ids)) for ids in batch])))
         for index in range(len(model.blocks)):
             with model.block(index) as block:
-                hidden = model.run_block(index, block, hidden)
+                states = [model.run_block(index, block, hidden) for hidden in states]
         rows = []
-        for states, sequence in zip(hidden, sequences, strict=True):
-            wanted = states[len(sequence) - 1 : len(sequence)] if last else states[: len(sequence)]
-            rows.append(model.logits(wanted[None])[0].float().log_softmax(-1))
+        for batch, hidden in zip(batches, states, strict=True):
+            for ids, outputs in zip(batch, hidden, strict=True):
+                wanted = outputs[len(ids) - 1 : len(ids)] if len(batch) == 1 else outputs[: len(ids)]
+                rows.append(model.logits(wanted[None])[0].float().log_softmax(-1))
     return rows

@@ -127,8 +127,9 @@ def _stop_word(client: Client, text: str) -> tuple[bool, str]:
     expected = text[: text.index(word)]
     got = str(choice["text"])
     # servers differ in whether the stop word itself is shown
-    ok = got.removesuffix(word) == expected and choice["finish_reason"] == "stop"
-    return ok, f"stopped at {word!r}" if ok else f"{got[:60]!r} ({choice['finish_reason']}), expected {expected[:60]!r}"
+    reason = choice.get("finish_reason")
+    ok = got.removesuffix(word) == expected and reason == "stop"
+    return ok, f"stopped at {word!r}" if ok else f"{got[:60]!r} ({reason}), expected {expected[:60]!r}"
 
 
 def _two(client: Client) -> tuple[bool, str]:

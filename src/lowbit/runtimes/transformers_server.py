@@ -78,6 +78,7 @@ def quantization_config(wanted: BitsAndBytes | None) -> Any:
 
 
 def _app(arguments: argparse.Namespace, wanted: BitsAndBytes | None) -> Any:
+    from fastapi import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -104,7 +105,7 @@ def _app(arguments: argparse.Namespace, wanted: BitsAndBytes | None) -> Any:
     manager = OneModel(device=arguments.device, dtype=arguments.dtype, force_model=name)
     state = GenerationState()
     parts = {"model_manager": manager, "generation_state": state}
-    return build_server(
+    app = build_server(
         manager,
         ChatCompletionHandler(**parts, chat_template_kwargs={}),
         completion_handler=CompletionHandler(**parts),
@@ -113,6 +114,17 @@ def _app(arguments: argparse.Namespace, wanted: BitsAndBytes | None) -> Any:
         systemone_handler=None,
         generation_state=state,
     )
+    app.add_exception_handler(HTTPException, _in_openais_form)
+    return app
+
+
+async def _in_openais_form(request: Any, error: Any) -> Any:
+    """The library answers {"detail": ...}, in which OpenAI's clients find no message."""
+    from fastapi.responses import JSONResponse
+
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    content = {"error": {"message": str(error.detail), "type": kind, "code": error.status_code}}
+    return JSONResponse(content, error.status_code)
 
 
 def _parser() -> argparse.ArgumentParser:
