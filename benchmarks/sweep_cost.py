@@ -1,0 +1,111 @@
+"""What a sweep of many methods costs against as many separate runs of `lowbit quantize` and `lowbit evaluate`, same settings.
+
+    python benchmarks/sweep_cost.py MODEL --work DIR --data DIR --tasks hellaswag:50,mmlu_anatomy:20
+
+Separate runs start each with an empty cache of results. Seconds are of whole processes. What was timed is kept in DIR, so that
+the same command continues after an interruption; --steps N stops after N of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _table import print_table
+
+METHODS = "fp16,gptq,awq,int8_sq,fp8,nf4,q4_k_m,q3_k_s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--tasks", default="hellaswag:50,mmlu_anatomy:20")
+    parser.add_argument("--num-samples", default="16")
+    parser.add_argument("--seq-len", default="512")
+    parser.add_argument("--windows", default="8")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--steps", type=int, default=1000)
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    file = asked.work / "seconds.json"
+    known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    methods = asked.methods.split(",")
+    steps = [f"separate {method}" for method in methods] + [f"sweep {method}" for method in methods]
+    for step in [step for step in steps if step not in known][: asked.steps]:
+        kind, method = step.split()
+        seconds = _separate(asked, method) if kind == "separate" else _sweep(asked, methods, method)
+        known[step] = round(seconds, 1)
+        file.write_text(json.dumps(known, indent=1))
+        print(f"{step}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    if not all(step in known for step in steps):
+        return
+    rows = [
+        {"method": m, "separate, s": known[f"separate {m}"], "in the sweep, s": known[f"sweep {m}"]} for m in methods
+    ]
+    totals = [sum(known[f"{kind} {method}"] for method in methods) for kind in ("separate", "sweep")]
+    rows.append({"method": "all", "separate, s": round(totals[0], 1), "in the sweep, s": round(totals[1], 1)})
+    print_table(rows)
+    print(f"\nthe sweep takes {totals[1] / totals[0]:.0%} of the separate runs")
+
+
+def _separate(asked: argparse.Namespace, method: str) -> float:
+    cache = asked.work / "cache-separate"
+    shutil.rmtree(cache, ignore_errors=True)
+    variables = _variables(cache)
+    gguf = method[0] == "q" and method[1].isdigit()
+    output = asked.work / (f"separate-{method}.gguf" if gguf else f"separate-{method}")
+    _remove(output)
+    started = time.monotonic()
+    calibration = ["--dataset", "pydoc", "--num-samples", asked.num_samples, "--seq-len", asked.seq_len]
+    grouped = ["--group-size", "auto"] if method in ("gptq", "awq", "rtn") else []
+    _lowbit(variables, "quantize", asked.model, "--method", method, *calibration, *grouped, "-o", output, "--quiet")
+    _lowbit(variables, "evaluate", output, "--base", asked.model, "--tasks", f"{asked.tasks},kl", "--data", asked.data,
+            "--windows", asked.windows, "--context", asked.seq_len, "--dtype", asked.dtype, "--quiet")  # fmt: skip
+    return time.monotonic() - started
+
+
+def _sweep(asked: argparse.Namespace, methods: list[str], last: str) -> float:
+    """The sweep up to and with one method more; it continues where the step before it stopped."""
+    started = time.monotonic()
+    chosen = ",".join(methods[: methods.index(last) + 1])
+    _lowbit(_variables(asked.work / "cache-sweep"), "sweep", asked.model, "--methods", chosen, "-o", asked.work / "sweep",
+            "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows, "--no-speed",
+            "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data, "--dtype", asked.dtype, "--quiet")  # fmt: skip
+    return time.monotonic() - started
+
+
+def _variables(cache: Path) -> dict[str, str]:
+    """An environment with a cache of its own that shares the side environments of the usual one."""
+    own = cache / "lowbit"
+    own.mkdir(parents=True, exist_ok=True)
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / "envs"
+    if not (own / "envs").exists():
+        (own / "envs").symlink_to(usual)
+    return {**os.environ, "XDG_CACHE_HOME": str(cache.absolute())}
+
+
+def _lowbit(variables: dict[str, str], *arguments: object) -> None:
+    script = Path(sys.executable).with_name("lowbit")
+    done = subprocess.run([script, *map(str, arguments)], env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"lowbit {' '.join(map(str, arguments))}: {done.stderr[-2000:]}")
+
+
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)
+    for file in output.parent.glob(f"{output.name.removesuffix('.gguf')}.*"):
+        file.unlink()
+
+
+if __name__ == "__main__":
+    main()
