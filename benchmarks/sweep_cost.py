@@ -78,8 +78,9 @@ def _sweep(asked: argparse.Namespace, methods: list[str], last: str) -> float:
     started = time.monotonic()
     chosen = ",".join(methods[: methods.index(last) + 1])
     _lowbit(_variables(asked.work / "cache-sweep"), "sweep", asked.model, "--methods", chosen, "-o", asked.work / "sweep",
-            "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows, "--no-speed",
-            "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data, "--dtype", asked.dtype, "--quiet")  # fmt: skip
+            "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows,
+            "--no-speed", "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data,
+            "--dtype", asked.dtype, "--quiet")  # fmt: skip
     return time.monotonic() - started
 
 
