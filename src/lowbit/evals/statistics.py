@@ -147,7 +147,7 @@ def recovery_percent(score: float, base: float, *, higher_is_better: bool = True
     top, bottom = (score, base) if higher_is_better else (base, score)
     if bottom == 0:
         return 100.0
-    return 100 * top / bottom
+    return 100 * (top / bottom)
 
 
 def verdict(gain: float, p_value: float, recovery: float, *, alpha: float = 0.05) -> str:
