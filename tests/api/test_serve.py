@@ -62,7 +62,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, str]] = [
     ("GGUF", {"options": ServeOptions(port=0, host="::")}, "reached from other machines", "--insecure"),
     ("GGUF", {"runtime": "vllm"}, "no runtime can serve", "llama.cpp"),
     ("DENSE", {"runtime": "llama.cpp"}, "no runtime can serve", "it reads gguf"),
-    ("DENSE", {"runtime": "tensorrt-llm"}, "no runtime can serve", "no CPU kernel"),
+    ("DENSE", {"runtime": "tensorrt-llm"}, "no runtime can serve", "needs an NVIDIA GPU"),
     ("GGUF", {"runtime": "vlm"}, "did you mean 'vllm'", "one of"),
     ("GGUF", {"options": ServeOptions(port=0, context=100_000)}, "made for 8192 tokens", "--context 8192"),
     ("GGUF", {"options": ServeOptions(port=0, context=8192, parallel=64)}, "8.00 GiB are free", "--context"),

@@ -139,6 +139,16 @@ def test_records_of_servers(tmp_path: Path) -> None:
     assert state.servers(tmp_path) == []
 
 
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    place = tmp_path / "file/servers"
+    state.write(record("a"), place)
+    state.forget("a", place)
+    assert state.servers(place) == []
+    with pytest.raises(ServeError, match="cannot be written"):
+        state.open_log("a", place)
+
+
 def test_checksums_are_computed_again_only_for_a_changed_file(tmp_path: Path) -> None:
     file, cache = tmp_path / "w", tmp_path / "cache.json"
     file.write_bytes(b"weights")

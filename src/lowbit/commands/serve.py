@@ -251,8 +251,7 @@ def _detach(planned: ServePlan, as_json: bool, patience: float) -> None:
     from lowbit.runtimes import state
 
     name = state.free_name(planned.model)
-    log = state.default_root() / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = state.open_log(name)
     state.forget(name)
     argv = [sys.executable, "-m", "lowbit.cli", *_without(sys.argv[1:]), "--background", name]
     variables = {**os.environ, **({"LOWBIT_API_KEY": planned.key} if planned.key else {})}

@@ -80,6 +80,8 @@ def choose(
 
 def refuse(runtime: Runtime, artifact: Artifact, machine: Machine, device: str) -> str | None:
     """Why `runtime` cannot serve `artifact` on `device`, with what would do; None when it can."""
+    if device == "cpu" and not any(row.cpu for row in runtime.supports):
+        return f"it needs an NVIDIA GPU; {runtime.missing}"
     for label in artifact.labels:
         row = runtime.support(artifact.format, label)
         reason = _refuse_row(runtime, row, f"{artifact.format} {label}", machine, device)

@@ -46,12 +46,14 @@ def default_root() -> Path:
 
 
 def write(record: ServerRecord, root: Path | None = None) -> None:
-    """Store or replace a record, whole."""
+    """Store or replace a record, whole. Where that is not allowed (a container's read-only home) the server is only not
+    listed."""
     folder = root or default_root()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = folder / f".{record.name}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(record), indent=2))
-    temporary.replace(folder / f"{record.name}.json")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = folder / f".{record.name}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(record), indent=2))
+        temporary.replace(folder / f"{record.name}.json")
 
 
 def update(record: ServerRecord, status: str, root: Path | None = None) -> ServerRecord:
@@ -63,7 +65,21 @@ def update(record: ServerRecord, status: str, root: Path | None = None) -> Serve
 
 def forget(name: str, root: Path | None = None) -> None:
     """Remove a record; its log stays until a server of that name starts again."""
-    ((root or default_root()) / f"{name}.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        ((root or default_root()) / f"{name}.json").unlink(missing_ok=True)
+
+
+def open_log(name: str, root: Path | None = None) -> Path:
+    """An empty log for a server in the background. Raises ServeError when it cannot be made."""
+    file = (root or default_root()) / f"{name}.log"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.write_text("")
+    except OSError as error:
+        raise ServeError(
+            f"{file} cannot be written: {error.strerror}", hint="leave --detach out, or set XDG_STATE_HOME"
+        ) from error
+    return file
 
 
 def servers(root: Path | None = None) -> list[ServerRecord]:
