@@ -49,6 +49,17 @@ def test_gguf_goes_to_llama_cpp_on_all_cores(artifact: Path) -> None:
     assert planned.url == f"http://127.0.0.1:{planned.options.port}/v1"
 
 
+def test_an_installed_llama_server_gets_the_same_flags(artifact: Path, tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    embedded = plan(artifact, options=ANY_PORT, machine=CPU)
+    installed = plan(artifact, options=ServeOptions(port=embedded.options.port), runtime="llama.cpp", program=program,
+                     machine=CPU)  # fmt: skip
+    assert installed.argv[0] == str(program)
+    assert installed.argv[1:] == embedded.argv[3:]
+
+
 def test_the_key_goes_by_a_variable(artifact: Path) -> None:
     planned = plan(artifact, options=ServeOptions(port=0, host="0.0.0.0"), key="secret", machine=CPU)
     assert "secret" not in " ".join(planned.argv)
