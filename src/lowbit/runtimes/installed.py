@@ -48,7 +48,7 @@ def has_package(program: tuple[str, ...], package: str) -> bool:
 
 
 def _given(runtime: Runtime, given: Path) -> tuple[str, ...]:
-    found = shutil.which(given)
+    found = shutil.which(str(given))
     if found is None:
         raise ServeError(f"{given} is not a program that can be run", hint="give the path of a Python, or of a server")
     if not given.name.startswith("python"):
