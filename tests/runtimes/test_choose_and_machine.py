@@ -15,7 +15,7 @@ from lowbit.runtimes.artifact import Artifact
 from lowbit.runtimes.checksums import changed_files
 from lowbit.runtimes.choose import choose
 from lowbit.runtimes.description import Runtime
-from lowbit.runtimes.machine import Gpu, Machine, available_cores, available_memory
+from lowbit.runtimes.machine import Gpu, Machine, available_cores, available_memory, nvidia_gpus
 
 CPU = Machine(4, 2**34)
 
@@ -113,6 +113,25 @@ def test_memory_within_a_containers_limit(tmp_path: Path) -> None:
     assert available_memory(tmp_path) == min(1_500_000, free)
     (tmp_path / "memory.max").write_text("max")
     assert available_memory(tmp_path) > 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("echo 'NVIDIA H100 80GB HBM3, 9.0, 81559, 81079'; echo 'NVIDIA L4, 8.9, 23034, 1024'",
+         [Gpu("NVIDIA H100 80GB HBM3", 90, 81559 << 20, 81079 << 20), Gpu("NVIDIA L4", 89, 23034 << 20, 1 << 30)]),
+        ("echo 'NVIDIA GB10, 12.1, [N/A], [N/A]'", []),
+        ("echo 'No devices were found'; exit 6", []),
+    ],
+)  # fmt: skip
+def test_gpus_as_nvidia_smi_lists_them(
+    answer: str, expected: list[Gpu], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert nvidia_gpus() == expected
 
 
 def record(name: str, **changes: object) -> state.ServerRecord:
