@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.api import evaluation
+from lowbit.api import task_results
 from lowbit.api.evaluation import Evaluation, evaluate_run
 from lowbit.api.runs import merged, read_run, run_file, write_run
 from lowbit.core.errors import EvaluationError, LowbitError, RecipeError
@@ -52,7 +52,7 @@ def test_finished_tasks_are_kept(
     pair: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    really = evaluation.run_leaf
+    really = task_results.run_leaf
 
     def counted(task: Any, leaf: Any, model: Any) -> Any:
         ran.append(leaf.name)
@@ -60,7 +60,7 @@ def test_finished_tasks_are_kept(
             raise KeyboardInterrupt
         return really(task, leaf, model)
 
-    monkeypatch.setattr(evaluation, "run_leaf", counted)
+    monkeypatch.setattr(task_results, "run_leaf", counted)
     wanted = small(data, "hellaswag,mmlu_virology")
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(pair[1], base=pair[0], wanted=wanted, cache=tmp_path)

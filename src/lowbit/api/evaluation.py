@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from lowbit import __version__
 from lowbit.api.engines import IN_PROCESS, Answering, answering, check_runtime, is_url
 from lowbit.api.runs import record_file
+from lowbit.api.task_results import Subject, TaskResults, lm_eval_version
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
@@ -35,10 +36,8 @@ from lowbit.evals.served import measure_served
 from lowbit.evals.state_cache import KIND
 from lowbit.evals.statistics import worst_verdict
 from lowbit.evals.store import ResultStore
-from lowbit.evals.tasks.catalogue import OWN, Leaf, Wanted, build, find_leaves, parse_tasks
-from lowbit.evals.tasks.endpoint import Endpoint, endpoint_engine
-from lowbit.evals.tasks.engines import transformers_engine
-from lowbit.evals.tasks.harness import LeafResult, run_leaf, together
+from lowbit.evals.tasks.catalogue import OWN, Wanted, find_leaves, parse_tasks
+from lowbit.evals.tasks.harness import together
 from lowbit.evals.tasks.local_data import LocalData
 from lowbit.formats.reader import open_artifact
 
@@ -112,7 +111,9 @@ class _Evaluating:
         self.tasks: list[Wanted] = parse_tasks(wanted.tasks, wanted.limit)
         self.leaves = find_leaves(self.tasks, shots=wanted.shots)
         self.data = LocalData(wanted.data) if wanted.data and self.leaves else None
-        self.digests = {leaf.name: self.data.digest(leaf.name) for leaf in self.leaves} if self.data else {}
+        if self.data is not None:
+            for leaf in self.leaves:  # a broken line is noticed before anything runs
+                self.data.splits(leaf.name)
         self.device = pick_device(wanted.device)
         self.base = None if base is None else str(base)
         check_runtime(self.runtime, artifact)
@@ -140,7 +141,7 @@ class _Evaluating:
             run["verdict"] = worst_verdict(
                 [task["against"]["verdict"] for task in run["tasks"].values() if "against" in task]
             )
-            run["lm_eval"] = _lm_eval_version()
+            run["lm_eval"] = lm_eval_version()
         if self.checkpoint is not None:
             run["memory"] = self._footprint()
         if self.wanted.speed:
@@ -220,8 +221,20 @@ class _Evaluating:
     # --- tasks ------------------------------------------------------------------------------------------------------
 
     def _run_tasks(self) -> dict[str, Any]:
-        mine = self._results(self.checkpoint, self.runtime)
-        theirs = self._results(self.base_checkpoint, "transformers") if self.base_checkpoint is not None else None
+        results = TaskResults(
+            self.leaves,
+            self.data,
+            self.tokenizer,
+            self.store,
+            self.device,
+            self.wanted.batch_size or (8 if self.device.type == "cpu" else 32),
+        )
+        rerun = self.wanted.rerun
+        mine = results.of(self._subject(self.checkpoint, self.runtime), self.progress, "tasks", rerun=rerun)
+        theirs = None
+        if self.base_checkpoint is not None:
+            base = self._subject(self.base_checkpoint, IN_PROCESS)
+            theirs = results.of(base, self.progress, "base tasks", rerun=rerun and self.base != self.artifact)
         scores = {}
         for task in self.tasks:
             own = [leaf.name for leaf in self.leaves if leaf.group == task.name]
@@ -230,68 +243,10 @@ class _Evaluating:
                 scores[task.name] = together(task.name, [mine[name] for name in own], against).to_dict()
         return scores
 
-    def _results(self, checkpoint: Checkpoint | None, runtime: str) -> dict[str, LeafResult]:
-        """Every leaf's result: kept ones, and the rest run and kept one by one."""
-        with ExitStack() as stack:
-            endpoint = None
-            if runtime != IN_PROCESS:
-                endpoint = stack.enter_context(self._server(self._longest())).endpoint
-            keys = {leaf.name: self._key(leaf, checkpoint, runtime, endpoint) for leaf in self.leaves}
-            found = {} if self.wanted.rerun else {name: self.store.get(key) for name, key in keys.items()}
-            missing = [leaf for leaf in self.leaves if found.get(leaf.name) is None]
-            results = {name: result for name, result in found.items() if result is not None}
-            if not missing:
-                return results
-            is_base = checkpoint is self.base_checkpoint and checkpoint is not None
-            self.progress.start("base tasks" if is_base else "tasks", len(missing))
-            engine = stack.enter_context(self._engine(checkpoint, endpoint))
-            for leaf in missing:
-                self.progress.note(leaf.name)
-                started = time.monotonic()
-                result = run_leaf(build(leaf, self.data), leaf, engine)
-                result.seconds = round(time.monotonic() - started, 2)
-                self.store.put(keys[leaf.name], result)
-                results[leaf.name] = result
-                self.progress.advance()
-        return results
-
-    def _key(
-        self, leaf: Leaf, checkpoint: Checkpoint | None, runtime: str, endpoint: Endpoint | None
-    ) -> dict[str, Any]:
-        """Everything that a result depends on."""
-        on = [self._dtype(checkpoint), self.device.type, self._batch_size()] if checkpoint and not endpoint else []
-        served = [endpoint.model, self._fingerprint(endpoint)] if endpoint else []
-        return {
-            "model": checkpoint.identity() if checkpoint is not None else None,
-            "engine": [
-                runtime if not endpoint or endpoint.is_llama_cpp is False else "llama.cpp",
-                *map(str, on),
-                *served,
-            ],
-            "task": leaf.name,
-            "version": str(leaf.config.get("metadata")),
-            "shots": leaf.shots,
-            "limit": leaf.limit,
-            "data": self.digests.get(leaf.name, "hub"),
-            "lm_eval": _lm_eval_version(),
-        }
-
-    def _fingerprint(self, endpoint: Endpoint) -> str:
-        """What the served model makes of a text: another model at the same address is noticed."""
-        ids = self.tokenizer("The capital of France is Paris.").input_ids
-        return f"{endpoint.score(ids[:2], ids[2:])[0]:.3f}"
-
-    @contextmanager
-    def _engine(self, checkpoint: Checkpoint | None, endpoint: Endpoint | None) -> Iterator[Any]:
-        if endpoint is not None:
-            yield endpoint_engine(endpoint, self.tokenizer, context=self._longest())
-            return
-        assert checkpoint is not None
-        dtype = self._dtype(checkpoint)
-        with transformers_engine(
-            open_artifact(checkpoint, dtype), self.tokenizer, self.device, dtype, batch_size=self._batch_size()
-        ) as engine:
-            yield engine
+    def _subject(self, checkpoint: Checkpoint | None, runtime: str) -> Subject:
+        return Subject(
+            checkpoint, runtime, lambda: self._server(self._longest()), self._dtype(checkpoint), self._longest()
+        )
 
     @contextmanager
     def _server(self, context: int) -> Iterator[Answering]:
@@ -306,15 +261,12 @@ class _Evaluating:
         config = checkpoint.config if checkpoint is not None else {}
         return min(int((config.get("text_config") or config).get("max_position_embeddings") or 4096), 4096)
 
-    def _batch_size(self) -> int:
-        return self.wanted.batch_size or (8 if self.device.type == "cpu" else 32)
-
-    def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+    def _dtype(self, checkpoint: Checkpoint | None) -> torch.dtype:
         if self.wanted.dtype != "auto":
             if self.wanted.dtype not in DTYPES:
                 raise RecipeError(f"--dtype {self.wanted.dtype!r} is unknown", hint=f"auto, {', '.join(DTYPES)}")
             return DTYPES[self.wanted.dtype]
-        config = checkpoint.config
+        config = checkpoint.config if checkpoint is not None else {}
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         return DTYPES.get(stored, torch.float32)
 
@@ -346,12 +298,3 @@ class _Evaluating:
             self.progress.warn(f"{self.runtime} could not be timed: {found['error']}")
         self.progress.advance()
         return found
-
-
-def _lm_eval_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lm-eval")
-    except PackageNotFoundError:
-        return ""
