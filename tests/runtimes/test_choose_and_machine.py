@@ -120,7 +120,7 @@ def test_memory_within_a_containers_limit(tmp_path: Path) -> None:
     [
         ("echo 'NVIDIA H100 80GB HBM3, 9.0, 81559, 81079'; echo 'NVIDIA L4, 8.9, 23034, 1024'",
          [Gpu("NVIDIA H100 80GB HBM3", 90, 81559 << 20, 81079 << 20), Gpu("NVIDIA L4", 89, 23034 << 20, 1 << 30)]),
-        ("echo 'NVIDIA GB10, 12.1, [N/A], [N/A]'", []),
+        ("echo 'No devices, or so'", []),
         ("echo 'No devices were found'; exit 6", []),
     ],
 )  # fmt: skip
@@ -132,6 +132,15 @@ def test_gpus_as_nvidia_smi_lists_them(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert nvidia_gpus() == expected
+
+
+def test_a_gpu_that_shares_the_processors_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, 12.1, [N/A], [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    [found] = nvidia_gpus()
+    assert (found.capability, found.memory) == (121, psutil.virtual_memory().total)
 
 
 def record(name: str, **changes: object) -> state.ServerRecord:

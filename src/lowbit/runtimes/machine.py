@@ -90,10 +90,14 @@ def nvidia_gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
-    for line in listed.splitlines():
+    for line in (line for line in listed.splitlines() if line.count(",") >= 3):
         name, capability, memory, free = (part.strip() for part in line.rsplit(",", 3))
+        # a GPU that shares the processor's memory (GB10) tells of none
+        shared = None if memory.isdigit() and free.isdigit() else psutil.virtual_memory()
+        total = int(memory) << 20 if shared is None else int(shared.total)
+        left = int(free) << 20 if shared is None else int(shared.available)
         with contextlib.suppress(ValueError):
-            found.append(Gpu(name, round(float(capability) * 10), int(memory) << 20, int(free) << 20))
+            found.append(Gpu(name, round(float(capability) * 10), total, left))
     return found
 
 
