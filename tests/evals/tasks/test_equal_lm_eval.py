@@ -109,6 +109,11 @@ def test_leaves_together_count_items() -> None:
     assert whole.leaves == {"a": 0.9, "b": pytest.approx(2 / 3)}
 
 
+def test_one_item_a_leaf_has_a_spread_all_the_same() -> None:
+    leaves = [LeafResult(str(i), "acc", True, 5, {}, [float(i % 2)], [0]) for i in range(20)]
+    assert together("many", leaves).error == pytest.approx(standard_error([float(i % 2) for i in range(20)]))
+
+
 def test_perplexities_compare_as_ratios() -> None:
     import math
 

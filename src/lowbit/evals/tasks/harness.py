@@ -114,10 +114,12 @@ def together(name: str, leaves: Sequence[LeafResult], base: Sequence[LeafResult]
     items = [value for leaf in leaves for value in leaf.items]
     ratio = first.metric in _RATIOS
     mean = math.fsum(items) / len(items)
+    sizes = [len(leaf.items) for leaf in leaves]
+    # within each leaf, as lm-eval; a leaf with one item tells nothing of its spread
     error = (
-        standard_error(items)
-        if len(leaves) == 1
-        else pooled_error([standard_error(leaf.items) for leaf in leaves], [len(leaf.items) for leaf in leaves])
+        pooled_error([standard_error(leaf.items) for leaf in leaves], sizes)
+        if len(leaves) > 1 and min(sizes) > 1
+        else standard_error(items)
     )
     score = math.exp(mean) if ratio else mean
     result = TaskScore(
