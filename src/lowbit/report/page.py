@@ -17,6 +17,8 @@ from lowbit.report.tables import is_perplexity, score_text
 
 Language = Literal["en", "zh"]
 LANGUAGES = ("en", "zh")
+# a divergence below this is float32's own rounding: an unquantized copy has no distribution to show
+_NOTHING = 1e-6
 
 
 def render(
@@ -46,7 +48,7 @@ def render(
     histograms = [
         (number, name, run["text"]["histogram"])
         for number, (name, run) in enumerate(runs)
-        if (run.get("text") or {}).get("histogram", {}).get("counts")
+        if (run.get("text") or {}).get("histogram", {}).get("counts") and run["text"]["kl"] > _NOTHING
     ]
     heat = [heat_map((run.get("record") or {}).get("layers", {}), texts["heat_x"]) for _, run in runs]
     data = {
