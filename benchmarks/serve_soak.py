@@ -1,6 +1,7 @@
 """Does `lowbit serve` last? Hundreds of requests of clients of which some hang up, then kill -9 of the runtime and of lowbit.
 
     .venv/bin/python benchmarks/serve_soak.py MODEL.gguf [--requests 500] [--clients 16] [--json FILE]
+    .venv/bin/python benchmarks/serve_soak.py MODEL --kills-only          # of any runtime
 
 Every client asks, one request after the other, for a short stream; a third hang up at a random piece. Whoever does not
 hang up has to get all its tokens and the end of the stream. Memory is the runtime's resident size, after the first tenth
@@ -149,13 +150,15 @@ def until(done: Any, seconds: float = 20.0) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a .gguf file")
+    parser.add_argument("model", type=Path, help="a .gguf file; with --kills-only anything that can be served")
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--parallel", type=int, default=4, help="slots of the server")
+    parser.add_argument("--kills-only", action="store_true", help="only kill -9, of the runtime and of lowbit")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = [*soak(args.model, args.requests, args.clients, args.parallel), *killed(args.model)]
+    rows = [] if args.kills_only else soak(args.model, args.requests, args.clients, args.parallel)
+    rows += killed(args.model)
     print_table(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
