@@ -11,9 +11,14 @@ from lowbit.runtimes.description import Runtime, ServeOptions, Support
 
 
 def command(artifact: Artifact, options: ServeOptions) -> list[str]:
-    """Flags of llama-server. Its --ctx-size is shared by all slots, so it is `context` for each."""
+    """Flags of llama-server. Its --ctx-size is shared by all slots, so it is `context` for each.
+
+    It would keep up to 8 GiB of finished prompts beside the slots' own; memory then grows for hours, past what was
+    planned. `-- --cache-ram MIB` turns that on again.
+    """
     argv = ["--model", artifact.location, "--alias", options.name or artifact.name]
     argv += ["--host", options.host, "--port", str(options.port), "--parallel", str(options.parallel), "--metrics"]
+    argv += ["--cache-ram", "0"]
     if options.context is not None:
         argv += ["--ctx-size", str(options.context * options.parallel)]
     if options.threads is not None:

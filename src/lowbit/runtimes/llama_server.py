@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ctx-size", type=int, default=0, help="tokens of all sequences together; 0: the model's")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--n-gpu-layers", default="auto")
+    parser.add_argument("--cache-ram", type=int, default=0, help="MiB of finished prompts kept beside the slots")
     parser.add_argument("--metrics", action="store_true")
     return parser
 
@@ -63,7 +64,7 @@ def _params(xllamacpp: Any, arguments: argparse.Namespace, key: str) -> Any:
     params.hostnames, params.port = [arguments.host], arguments.port
     params.n_parallel, params.n_ctx = arguments.parallel, arguments.ctx_size
     params.endpoint_metrics, params.endpoint_slots = arguments.metrics, True
-    params.ui = False
+    params.cache_ram_mib, params.ui = arguments.cache_ram, False
     if arguments.alias:
         params.model_alias = {arguments.alias}
     if arguments.threads:
