@@ -154,7 +154,8 @@ class _GgufRun:
             self.progress.warn(
                 f"{len(left)} tensors are no single linear layer and were rounded plainly: {left[0]} ..."
             )
-        options = SecondOrderOptions(damping=self.options.damping, sweeps=self.options.sweeps)
+        chosen = self.options
+        options = SecondOrderOptions(damping=chosen.damping, sweeps=chosen.sweeps, asymmetric=chosen.asymmetric)
         return SecondOrderRun(
             job, model, rounded, self._streams(work), options, head if rounds_head else None
         ).quantize(windows)

@@ -26,7 +26,7 @@ class GgufOptions:
     pure, leave_output_tensor, output_tensor_type, token_embedding_type, tensor_type (PATTERN=TYPE): as in llama-quantize.
     allow_requantize: take a GGUF file that is quantized already.
     max_shard_size: bytes of data in one file; larger models are split.
-    damping, sweeps: of second-order rounding, see SecondOrderOptions.
+    damping, sweeps, asymmetric: of second-order rounding, see SecondOrderOptions.
     """
 
     refine: Refine | None = None
@@ -40,6 +40,7 @@ class GgufOptions:
     max_shard_size: int | None = None
     damping: float = 0.03
     sweeps: int = 6
+    asymmetric: float = 0.5
 
     def policy(self, *, has_imatrix: bool) -> PolicyOptions:
         """As the type policy has it. Raises FormatError for a malformed PATTERN=TYPE."""

@@ -12,7 +12,7 @@ from lowbit.core.errors import CheckpointError
 from lowbit.core.statistics import InputStatistics
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
-from lowbit.methods.kquants.curvature import Curvature, factor_gram
+from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
 from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.block import place_weight
@@ -46,7 +46,10 @@ class SecondOrderRun:
             return blocks
         progress.start("quantize", blocks)
         resumed = 0
-        states = embedded(model, windows, self.streams, self._embedding())
+        compares = self.options.asymmetric > 0
+        states = embedded(model, windows, self.streams, self._embedding(), copies=1 + compares)
+        # the unquantized model's states, whose outputs are what every layer aims at
+        original = embedded(model, windows, self.streams, copies=2) if compares else None
         for index in range(blocks):
             own = {linear.name: linear for linear in self.linears.values() if linear.block == index}
             finished = all(self.job.is_done(linear.tensor) for linear in own.values())
@@ -56,24 +59,30 @@ class SecondOrderRun:
                     resumed += 1
                     self._restore(module, own, weights)
                 else:
-                    self._do_block(index, module, own, weights, states)
+                    self._do_block(index, module, own, weights, states, original)
                 if index + 1 < blocks or self.head:
                     advance(model, index, module, states)
+                    if original is not None:
+                        advance(model, index, module, original, self._in_computing_dtype(weights))
             progress.advance()
         if self.head:
-            self._do_head(self.head, states)
+            self._do_head(self.head, states, original)
         return resumed
 
-    def _do_head(self, tensor: str, states: Activations) -> None:
+    def _in_computing_dtype(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.model.dtype) for name, tensor in weights.items()}
+
+    def _do_head(self, tensor: str, states: Activations, original: Activations | None) -> None:
         self.job.progress.note(tensor)
-        gram = head_statistics(self.model, states).gram
+        statistics = head_statistics(self.model, states, original)
+        gram = statistics.gram
         assert gram is not None
         # a tied matrix is read as the embedding too, where every column counts the same
         damping = _TIED_DAMPING if tensor == "token_embd.weight" else self.options.damping
         curvature = factor_gram(gram, damping)
         dense = self.job.source.dense(tensor).to(self.model.device)
         type_name = self.job.types[tensor]
-        grid, codes = quantize(type_name, dense, curvature, self.options)
+        grid, codes = quantize(type_name, self._target(dense, curvature, statistics), curvature, self.options)
         self.job.writer.write(tensor, CODECS[type_name].pack(grid, codes))
         rounded = CODECS[type_name].dequantize(grid, codes)
         self.job.done({tensor: _relative(dense, rounded, curvature)})
@@ -85,14 +94,16 @@ class SecondOrderRun:
         own: Mapping[str, LinearTensor],
         weights: Mapping[str, Tensor],
         states: Activations,
+        original: Activations | None,
     ) -> None:
+        compared = None if original is None else (original, self._in_computing_dtype(weights))
         errors: dict[str, float | None] = {}
         for group in self.model.architecture.linears:
             names = [name for name in group if name in own]
             if not names:
                 continue
             self.job.progress.note(f"{self.model.block_path(index)} {', '.join(names)}")
-            statistics = statistics_of(self.model, index, module, names[0], states)
+            statistics = statistics_of(self.model, index, module, names[0], states, compared)
             errors.update(self._do_group(module, [own[name] for name in names], weights, statistics))
         self.job.done(errors)
 
@@ -109,13 +120,19 @@ class SecondOrderRun:
         for linear in linears:
             dense = self.job.source.dense(linear.tensor).to(self.model.device)
             type_name = self.job.types[linear.tensor]
-            grid, codes = quantize(type_name, dense, curvature, self.options)
+            grid, codes = quantize(type_name, self._target(dense, curvature, statistics), curvature, self.options)
             codec = CODECS[type_name]
             self.job.writer.write(linear.tensor, codec.pack(grid, codes))
             rounded = codec.dequantize(grid, codes)
             errors[linear.tensor] = _relative(dense, rounded, curvature)
             self._place(module, linear, weights, dense, rounded)
         return errors
+
+    def _target(self, dense: Tensor, curvature: Curvature, statistics: InputStatistics) -> Tensor:
+        """What the rows are rounded towards."""
+        if statistics.cross is None:
+            return dense
+        return toward_original(dense, curvature, statistics.cross, self.options.asymmetric)
 
     def _place(
         self, module: nn.Module, linear: LinearTensor, weights: Mapping[str, Tensor], dense: Tensor, rounded: Tensor

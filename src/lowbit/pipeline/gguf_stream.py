@@ -90,22 +90,28 @@ def statistics_of(
     return statistics
 
 
-def head_statistics(model: StreamedModel, states: Activations) -> InputStatistics:
-    """Gram matrix of the inputs of the output head, from the last block's outputs."""
+def head_statistics(model: StreamedModel, states: Activations, original: Activations | None = None) -> InputStatistics:
+    """Gram matrix of the inputs of the output head, from the last block's outputs; `original` are the unquantized
+    model's, to compare with."""
     statistics: InputStatistics | None = None
-    head: nn.Module = model.skeleton.get_output_embeddings()  # type: ignore[operator]
     with torch.no_grad(), model.outside():
         for where in states.batches():
-            seen: dict[str, Tensor] = {}
-            hidden = states.get(where, model.device)
-            with _watched(head, [""], seen, leave=True), suppress(_Seen):
-                model.logits(hidden)
+            inputs = _head_inputs(model, states.get(where, model.device))
+            compared = None if original is None else _head_inputs(model, original.get(where, model.device))
             if statistics is None:
-                statistics = InputStatistics(seen[""].shape[-1], model.device)
-            statistics.add(seen[""])
+                statistics = InputStatistics(inputs.shape[-1], model.device, cross=original is not None)
+            statistics.add(inputs, compared)
     assert statistics is not None
     statistics.finish()
     return statistics
+
+
+def _head_inputs(model: StreamedModel, hidden: Tensor) -> Tensor:
+    head: nn.Module = model.skeleton.get_output_embeddings()  # type: ignore[operator]
+    seen: dict[str, Tensor] = {}
+    with _watched(head, [""], seen, leave=True), suppress(_Seen):
+        model.logits(hidden)
+    return seen[""]
 
 
 class _Seen(Exception):  # noqa: N818 - control flow, not an error

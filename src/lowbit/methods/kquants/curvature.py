@@ -57,3 +57,13 @@ def factor_gram(gram: Tensor, damping: float = 0.03) -> Curvature:
         "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
         hint="calibrate on other or more text (--dataset, --num-samples), or use --refine imatrix",
     )
+
+
+def toward_original(weights: Tensor, curvature: Curvature, cross: Tensor, share: float) -> Tensor:
+    """Weights [out, in] that turn the inputs X that arrive into the outputs that `weights` give on the original inputs X0:
+    W + share * W (X0 - X) X^T H^-1, with `cross` [in, in] the mean of (x0 - x) x^T (GPTAQ, Li et al. 2025)."""
+    correction = weights @ cross
+    factor = torch.linalg.cholesky(curvature.hessian)
+    torch.linalg.solve_triangular(factor.mT, correction, upper=True, left=False, out=correction)
+    torch.linalg.solve_triangular(factor, correction, upper=False, left=False, out=correction)
+    return correction.mul_(share).add_(weights)

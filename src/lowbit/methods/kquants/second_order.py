@@ -31,11 +31,14 @@ _CUDA_CHUNK_WEIGHTS = 1 << 27
 
 @dataclass(frozen=True)
 class SecondOrderOptions:
-    """damping: see factor_gram. sweeps: at most so many; tolerance: stop when one lowers the error by less than this share."""
+    """damping: see factor_gram. sweeps: at most so many; tolerance: stop when one lowers the error by less than this share.
+    asymmetric: share of the correction towards the original model's outputs (see toward_original) that callers apply.
+    """
 
     damping: float = 0.03
     sweeps: int = 8
     tolerance: float = 1e-3
+    asymmetric: float = 0.5
 
 
 def quantize(
