@@ -19,7 +19,7 @@ from lowbit.evals.verify import check
         ("q3_k_s", ["q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"]),
         ("q4_0", ["q5_k_m", "q6_k", "q8_0", "f16"]),
         ("rtn", ["gptq 4", "gptq 8"]),
-        ("nf4", ["bnb 8"]),
+        ("nf4", ["bnb 8", "rtn 8"]),
         ("mxfp4", ["fp8 8"]),
         ("fp16", []),
     ],

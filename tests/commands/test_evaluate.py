@@ -1,0 +1,88 @@
+"""evaluate, compare, report and quantize's limits as a user meets them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.report.runs import write_artifact
+from tests.task_data import write_task_data
+
+
+def run(*arguments: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    import os
+
+    script = Path(sys.executable).with_name("lowbit")
+    variables = {**os.environ, **({"XDG_CACHE_HOME": str(cache)} if cache else {})}
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=variables)
+
+
+def test_tasks_from_files_then_compare_and_report(tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data = write_task_data(tmp_path)
+    done = run("evaluate", tiny_llama, "--base", tiny_llama, "--tasks", "hellaswag:4,kl", "--data", data, "--windows", "2",
+               "--context", "32", "-o", tmp_path / "run.json", cache=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hellaswag" in done.stdout
+    assert "indistinguishable" in done.stdout
+    assert max(map(len, done.stdout.split("KV cache")[0].splitlines()[4:12])) <= 80
+    assert "weights " in done.stdout
+    table = run("compare", tmp_path / "run.json", "--csv")
+    assert list(csv.DictReader(io.StringIO(table.stdout)))[-1]["hellaswag_n"] == "4"
+    page = run("report", tmp_path / "run.json", "-o", tmp_path / "report.html")
+    assert page.stdout.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10**6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--tasks", "helaswag"], 2, "did you mean 'hellaswag'"),
+        (["--tasks", "hellaswag", "--data", "/nowhere"], 1, "no folder of task data"),
+        (["--tasks", "kl", "--runtime", "http://127.0.0.1:9"], 1, "does not answer"),
+        (["--runtime", "llamacpp"], 2, "did you mean 'llama.cpp'"),
+    ],
+)
+def test_errors(arguments: list[str], code: int, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    done = run("evaluate", tiny_llama, "--base", tiny_llama, *arguments, cache=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.strip().splitlines()[-2]
+    assert done.stderr.strip().splitlines()[-1].startswith("hint: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_not_good_enough_is_exit_code_3(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = [
+        "quantize",
+        tiny_llama,
+        "--method",
+        "rtn",
+        "--bits",
+        "2",
+        "--group-size",
+        "64",
+        "-o",
+        tmp_path / "out",
+        "--quiet",
+    ]
+    done = run(*asked, "--min-recovery", "99.9")
+    assert done.returncode == 3, done.stderr
+    assert "99.9% was asked for" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(*asked, "--no-verify", "--max-kl", "0.1").returncode == 2
+
+
+def test_compare_is_sorted_json(tmp_path: Path) -> None:
+    artifacts = [write_artifact(tmp_path / name, name, 100, kl, 0.4, 9.0) for name, kl in (("rtn", 0.2), ("gptq", 0.1))]
+    rows = json.loads(run("compare", *artifacts, "--json").stdout)
+    assert [row["kl"] for row in rows] == [0.0, 0.1, 0.2]
+    shown = run("compare", *artifacts).stdout
+    assert "◆" in shown
+    assert max(map(len, shown.splitlines())) <= 80
