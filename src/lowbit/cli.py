@@ -12,7 +12,7 @@ import warnings
 
 import typer
 
-from lowbit.commands import env, recipe
+from lowbit.commands import deploy, env, recipe
 from lowbit.commands.bench import bench
 from lowbit.commands.chat import chat
 from lowbit.commands.check import check
@@ -65,6 +65,7 @@ for verb in (
     app.command()(verb)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(env.app, name="env")
+app.add_typer(deploy.app, name="deploy")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,1 @@
+"""Files for people: Kustomize, Helm, compose, systemd, Ollama."""
