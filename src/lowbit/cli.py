@@ -20,6 +20,7 @@ from lowbit.commands.compare import compare
 from lowbit.commands.convert import convert
 from lowbit.commands.demo import demo
 from lowbit.commands.evaluate import evaluate
+from lowbit.commands.fit import fit
 from lowbit.commands.inspect import inspect
 from lowbit.commands.methods import methods
 from lowbit.commands.ps import logs, ps, stop
@@ -49,6 +50,7 @@ for verb in (
     report,
     sweep,
     recommend,
+    fit,
     inspect,
     convert,
     methods,

@@ -1,0 +1,98 @@
+"""lowbit fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, unquantized .gguf file or hub id.")],
+    size: Annotated[str | None, typer.Option(help="Largest file: 100MiB.")] = None,
+    like: Annotated[str | None, typer.Option(help="As large as this file type: q4_k_m.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Largest memory when served by llama.cpp, cache and all: 6GiB.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="With --max-memory: tokens of a request.")] = 4096,
+    concurrency: Annotated[int, typer.Option(help="With --max-memory: requests at once.")] = 1,
+    dataset: Annotated[str, typer.Option(help="Calibration text.")] = "pydoc",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the recipe here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.gguf", help="Then quantize with it, and measure.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the allocation as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Choose every tensor's type so that a budget of bytes costs the least accuracy; GGUF.
+
+    Examples:
+
+    lowbit fit ./model --like q4_k_m --dataset wikitext -o model-fit.gguf
+
+    lowbit fit ./model --max-memory 6GiB --context 8192 --recipe fit.yaml
+    """
+    from lowbit.api.fit import fit as run
+    from lowbit.api.quantize import quantize
+    from lowbit.commands.progress import listener
+    from lowbit.commands.quantize import _bytes
+    from lowbit.recipe import Calibration
+
+    budget = _bytes(size)
+    if max_memory is not None:
+        from lowbit.api.memory import serving_memory
+
+        parts = serving_memory(
+            model, "q4_k_m", runtime="llama.cpp", place="cpu", context=context, concurrency=concurrency
+        )
+        budget = (_bytes(max_memory) or 0) - (parts.total - parts.weights)
+    with listener(quiet=quiet or as_json) as progress:
+        found = run(
+            model,
+            size=budget,
+            like=like,
+            calibration=Calibration(dataset=dataset, num_samples=num_samples, seq_len=seq_len),
+            device=device,
+            progress=progress,
+        )
+        if recipe is not None:
+            recipe.write_text(found.recipe.yaml())
+        made = quantize(model, output=output, recipe=found.recipe, progress=progress) if output is not None else None
+    measured = None if made is None else made.measurement
+    if as_json:
+        print(json.dumps({
+            "bytes": found.nbytes, "predicted_kl": found.kl, "bound": found.bound, "types": found.types,
+            "like": {name: {"bytes": size, "predicted_kl": kl} for name, (size, kl) in found.like.items()},
+            "recipe": found.recipe.model_dump(mode="json"), "measured": measured,
+        }, indent=2))  # fmt: skip
+        return
+    _print(found, measured, recipe, output)
+
+
+def _print(found, measured, recipe, output) -> None:  # type: ignore[no-untyped-def]  # typed where they are made
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("types", "MiB", "predicted KL", header_style="bold")
+    for name, (size, kl) in sorted(found.like.items(), key=lambda item: item[1][0]):
+        table.add_row(name, f"{size / 2**20:.1f}", f"{kl:.4f}")
+    mixture = ", ".join(f"{count} {name}" for name, count in Counter(found.types.values()).most_common())
+    table.add_row(f"fit: {mixture}", f"{found.nbytes / 2**20:.1f}", f"[bold]{found.kl:.4f}[/]")
+    console = Console()
+    console.print(table)
+    gap = found.kl / found.bound - 1 if found.bound > 0 else 0.0
+    console.print(
+        f"no mixture of this size is predicted to be more than {gap:.1%} better; predictions are for rounding with an "
+        "importance matrix"
+    )
+    if measured is not None:
+        console.print(f"{output}: measured KL {measured['kl']:.4f} ± {measured['kl_error']:.4f} on held-out text")
+    elif recipe is not None:
+        console.print(f"next: lowbit quantize MODEL --recipe {recipe} -o model.gguf")

@@ -1,0 +1,35 @@
+"""Predicted divergence of a small change against the divergence that transformers' own model shows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.progress import Silent
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.sensitivity import output_sensitivity, price
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"])
+def test_price_is_the_divergence_of_a_small_change(tiny_llama: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = StreamedModel(open_checkpoint(tiny_llama), torch.device("cpu"), torch.float32)
+    windows = torch.randint(0, 512, (24, 64), generator=torch.Generator().manual_seed(0))
+    found = output_sensitivity(model, windows, Silent())
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    module = dense.get_submodule(name)
+    seen = {}
+    module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        before = dense(windows).logits.log_softmax(-1)
+        gram = seen["x"].T @ seen["x"] / len(seen["x"])
+        weight = module.weight.clone()
+        step = weight.abs().amax() / 60
+        module.weight.copy_((weight / step).round() * step)
+        after = dense(windows).logits.log_softmax(-1)
+    measured = (before.exp() * (before - after)).sum(-1).mean().item()
+    sensitivity = found.head if name == "lm_head" else found.layers[name]
+    assert sensitivity is not None
+    assert price(weight, module.weight, gram, sensitivity) == pytest.approx(measured, rel=0.35)
