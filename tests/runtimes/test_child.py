@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lowbit.runtimes.child import Child
-from lowbit.runtimes.diagnose import diagnose
+from lowbit.runtimes.diagnose import diagnose, quote
 
 
 def script(folder: Path, body: str) -> list[str]:
@@ -120,6 +120,7 @@ def test_kill_of_the_parent_or_the_guard_leaves_nobody(tmp_path: Path, victim: s
             "--runtime",
         ),
         ("RuntimeError: Triton dequant kernels require CUDA tensors", 1, "no kernel", "--runtime"),
+        ("what():  tinygemm_kernel_nn: scalar path not implemented!", 1, "this dtype (what():", "--dtype bfloat16"),
         ("error loading model: unknown model architecture: 'foo'", 1, "model family", "newer release"),
         ("loading", 137, "killed", "--context"),
         ("loading", 132, "instructions", "this CPU"),
@@ -129,6 +130,11 @@ def test_known_causes(line: str, code: int, cause: str, hint: str) -> None:
     found, mend = diagnose(["starting", line], code)
     assert cause in found
     assert hint in (mend or "")
+
+
+def test_clean_up_is_not_quoted() -> None:
+    lines = ["the cause", "nanobind: leaked 4 instances!", ' - leaked function "get_body"', "", "bye"]
+    assert quote(lines) == "\n    the cause\n    bye"
 
 
 def test_an_unknown_cause_is_not_guessed() -> None:

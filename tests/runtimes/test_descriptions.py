@@ -38,6 +38,14 @@ def test_vllm_gets_no_flag_that_it_works_out_itself_or_has_lost() -> None:
     assert "--dtype" in get_runtime("vllm").argv(GPTQ, ServeOptions(dtype="float16"))
 
 
+def test_vllm_gets_the_dtype_that_its_cpu_kernels_need() -> None:
+    w8a8 = Artifact("/m", "m", "compressed-tensors", ("w8a8",), dtype="float16")
+    argv = get_runtime("vllm").argv(w8a8, ServeOptions())
+    assert argv[argv.index("--dtype") + 1] == "bfloat16"
+    for artifact, options in ((w8a8, ServeOptions(device="cuda")), (replace(w8a8, dtype="bfloat16"), ServeOptions())):
+        assert "--dtype" not in get_runtime("vllm").argv(artifact, options)
+
+
 def test_no_key_is_ever_on_a_command_line() -> None:
     for name in RUNTIMES.names():
         assert not any("key" in word for word in get_runtime(name).argv(GPTQ, ServeOptions()))

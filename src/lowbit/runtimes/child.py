@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-TAIL_LINES = 200
+TAIL_LINES = 400
 _GUARD = Path(__file__).with_name("guard.py")
 
 

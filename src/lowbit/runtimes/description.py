@@ -55,6 +55,7 @@ class Support:
     formats: names of formats. numbers: patterns (`*`) over the labels of an artifact's schemes (see artifact.label).
     cpu: it runs without a GPU. capability: lowest CUDA compute capability, times ten; None: not on NVIDIA GPUs.
     below: first capability that it does not run on any more. plugin: a package that the runtime needs for it.
+    cpu_dtype: what unquantized tensors have to be converted to on a CPU, where its kernels exist for one dtype only.
     refused: it cannot be served at all, and why, with what would do instead.
     """
 
@@ -64,6 +65,7 @@ class Support:
     capability: int | None = None
     below: int | None = None
     plugin: str | None = None
+    cpu_dtype: str | None = None
     refused: str | None = None
 
     def covers(self, format: str, label: str) -> bool:

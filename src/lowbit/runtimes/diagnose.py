@@ -9,6 +9,10 @@ SIGKILL, SIGILL, SIGSEGV = 137, 132, 139
 _QUOTED_LINES = 12
 _MEMORY_HINT = "a smaller --context or --parallel, a scheme with fewer bits, or a machine with more memory"
 
+_NOISE = re.compile(
+    r"leaked (function|type|instance)|skipped remainder|nanobind|resource_tracker|\[shutdown\]|frame #\d+"
+)
+
 # (pattern over the last lines, cause, hint); the first that matches counts
 _KNOWN = (
     (r"address already in use|couldn't bind|errno 98|failed to bind", "the port is taken", "choose another --port"),
@@ -22,6 +26,11 @@ _KNOWN = (
         r"larger than the (available|maximum).*KV cache|KV cache is needed, which is larger|max seq len.*larger",
         "the context does not fit into the memory left for the KV cache",
         "a smaller --context, or more memory for it: --cache-gib on a CPU, --gpu-memory on a GPU",
+    ),
+    (
+        r"scalar path not implemented|not implemented for '?(Half|BFloat16|Float)",
+        "its kernel for these numbers does not exist for this dtype",
+        "--dtype bfloat16, or --dtype float16",
     ),
     (
         r"no kernel image is available|failed to find a kernel|require CUDA tensors|no (suitable )?kernel|not compiled with",
@@ -41,10 +50,11 @@ _KNOWN = (
 
 def diagnose(lines: Iterable[str], exit_code: int) -> tuple[str, str | None]:
     """The last lines and the exit code of a runtime that ended -> (cause, hint)."""
-    text = "\n".join(lines)
+    said = list(lines)
     for pattern, cause, hint in _KNOWN:
-        if re.search(pattern, text, re.IGNORECASE):
-            return cause, hint
+        line = next((line for line in said if re.search(pattern, line, re.IGNORECASE)), None)
+        if line is not None:
+            return f"{cause} ({line.strip()[:200]})", hint
     if exit_code == SIGKILL:
         return "it was killed, by somebody or by the kernel for lack of memory", _MEMORY_HINT
     if exit_code == SIGILL:
@@ -55,5 +65,6 @@ def diagnose(lines: Iterable[str], exit_code: int) -> tuple[str, str | None]:
 
 
 def quote(lines: Iterable[str]) -> str:
-    """The last lines, indented, for the end of an error message."""
-    return "".join(f"\n    {line[:300]}" for line in [line for line in lines if line.strip()][-_QUOTED_LINES:])
+    """The last lines, indented, for the end of an error message, without what programs say of their own clean-up."""
+    telling = [line for line in lines if line.strip() and not _NOISE.search(line)]
+    return "".join(f"\n    {line[:300]}" for line in telling[-_QUOTED_LINES:])

@@ -1,7 +1,8 @@
 """vLLM: safetensors artifacts on NVIDIA GPUs, and on CPUs by its CPU build.
 
 Sources: vLLM 0.32, `get_min_capability` in model_executor/layers/quantization (and compressed_tensors/schemes),
-AutoGPTQConfig.TYPE_MAP, kernels/linear/mixed_precision/cpu.py; what its CPU build serves was run, see docs/serving.md.
+AutoGPTQConfig.TYPE_MAP, kernels/linear/mixed_precision/cpu.py, csrc/cpu/sgl-kernels (8-bit kernels, bfloat16 only). What
+its CPU build serves was run, see docs/serving.md.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ _DESC_ACT = "vLLM refuses desc_act checkpoints since 0.32; quantize again with -
 
 def command(artifact: Artifact, options: ServeOptions) -> list[str]:
     """Arguments behind the program `vllm`. Quantization and dtype are read from the artifact by vLLM itself, so neither
-    is named unless asked for."""
+    is named unless asked for, or unless its kernels exist for another dtype only."""
     argv = ["serve", artifact.location, "--served-model-name", options.name or artifact.name]
     argv += ["--host", options.host, "--port", str(options.port), "--max-num-seqs", str(options.parallel)]
     if options.context is not None:
         argv += ["--max-model-len", str(options.context)]
-    if options.dtype is not None:
-        argv += ["--dtype", options.dtype]
+    dtype = options.dtype or (_cpu_dtype(artifact) if options.device == "cpu" else None)
+    if dtype is not None:
+        argv += ["--dtype", dtype]
     # without it SIGTERM cuts off what is being answered
     argv += ["--shutdown-timeout", str(options.drain)]
     if options.device == "cpu":
@@ -31,6 +33,13 @@ def command(artifact: Artifact, options: ServeOptions) -> list[str]:
     if options.tensor_parallel > 1:
         argv += ["--tensor-parallel-size", str(options.tensor_parallel)]
     return argv
+
+
+def _cpu_dtype(artifact: Artifact) -> str | None:
+    """The dtype that its CPU kernels need for this artifact, when the artifact has another one."""
+    rows = [VLLM.support(artifact.format, label) for label in artifact.labels]
+    needed = next((row.cpu_dtype for row in rows if row is not None and row.cpu_dtype is not None), None)
+    return needed if needed != artifact.dtype else None
 
 
 def variables(artifact: Artifact, options: ServeOptions) -> dict[str, str]:
@@ -58,9 +67,9 @@ VLLM = Runtime(
         Support(("compressed-tensors",), ("*reordered*",), capability=75),
         Support(("compressed-tensors",), ("w4a16*",), cpu=True, capability=75),
         Support(("compressed-tensors",), ("w8a16*",), capability=75),
-        Support(("compressed-tensors",), ("w8a8",), cpu=True, capability=75, below=100),
+        Support(("compressed-tensors",), ("w8a8",), cpu=True, capability=75, below=100, cpu_dtype="bfloat16"),
         Support(("compressed-tensors",), ("w8a8*",), capability=75, below=100),
-        Support(("compressed-tensors",), ("fp8 channel",), cpu=True, capability=89),
+        Support(("compressed-tensors",), ("fp8 channel",), cpu=True, capability=89, cpu_dtype="bfloat16"),
         Support(("compressed-tensors",), ("fp8a16*",), capability=75),
         Support(("compressed-tensors",), ("fp8*",), capability=89),
         Support(("compressed-tensors",), ("mxfp4a16", "mxfp4"), capability=80),
