@@ -10,11 +10,12 @@ import psutil
 import pytest
 
 from lowbit.core.errors import ServeError
-from lowbit.runtimes import state
+from lowbit.runtimes import get_runtime, state
 from lowbit.runtimes.artifact import Artifact
 from lowbit.runtimes.checksums import changed_files
 from lowbit.runtimes.choose import choose
 from lowbit.runtimes.description import Runtime
+from lowbit.runtimes.installed import program_of
 from lowbit.runtimes.machine import Gpu, Machine, available_cores, available_memory, nvidia_gpus
 
 CPU = Machine(4, 2**34)
@@ -87,6 +88,24 @@ def test_nothing_serves_it() -> None:
     hint = raised.value.hint or ""
     for name in ("llama.cpp", "vllm", "transformers", "tensorrt-llm"):
         assert f"{name}: " in hint
+
+
+def test_builds_for_cpus_are_not_taken_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("xllamacpp.get_device_info", lambda: [{"type": "GGML_BACKEND_DEVICE_TYPE_CPU"}])
+    for name in ("llama.cpp", "transformers"):
+        assert program_of(get_runtime(name), "cpu") is not None
+        assert program_of(get_runtime(name), "cuda") is None
+    monkeypatch.setattr("xllamacpp.get_device_info", lambda: [{"type": "GGML_BACKEND_DEVICE_TYPE_GPU"}])
+    assert program_of(get_runtime("llama.cpp"), "cuda") is not None
+    # what there is for CPUs serves on a machine with a GPU all the same
+    monkeypatch.setattr("xllamacpp.get_device_info", lambda: [])
+    choice = choose(artifact("gguf", "Q4_K"), gpu(89))
+    assert (choice.runtime.name, choice.device) == ("llama.cpp", "cpu")
+    assert "not installed" in choice.passed["llama.cpp on the GPU"]
+    assert "llama.cpp" not in choice.passed
 
 
 def test_cores_within_a_containers_quota(tmp_path: Path) -> None:

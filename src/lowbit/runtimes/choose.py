@@ -28,7 +28,8 @@ Find = Callable[[Runtime, str, Path | None], tuple[str, ...] | None]
 
 @dataclass(frozen=True)
 class Choice:
-    """What will serve, on which device, started how, and why; `passed`: why others were not taken, by name."""
+    """What will serve, on which device, started how, and why; `passed`: why others were not taken, by name,
+    and why on the CPU when there is a GPU."""
 
     runtime: Runtime
     device: str
@@ -72,7 +73,7 @@ def choose(
                 where = machine.what if place == "cuda" else f"{machine.cores} CPU cores"
                 why = "asked for" if name else _REASON.get(candidate, "it can serve this")
                 return Choice(runtime, place, found, f"{why}; {artifact.scheme} on {where}", passed)
-            passed[candidate] = reason or ""
+            passed[candidate if place == devices[-1] else f"{candidate} on the GPU"] = reason or ""
     what = f"{artifact.name} ({artifact.format}, {artifact.scheme})"
     reasons = "; ".join(f"{runtime}: {reason}" for runtime, reason in passed.items())
     raise ServeError(f"no runtime can serve {what} on this machine", hint=reasons)

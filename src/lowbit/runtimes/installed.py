@@ -24,10 +24,10 @@ def program_of(runtime: Runtime, device: str, given: Path | None = None) -> tupl
     """
     if given is not None:
         return _given(runtime, given)
-    if runtime.name == "llama.cpp" and find_spec("xllamacpp") is not None:
+    if runtime.name == "llama.cpp" and _embeds_llama_cpp(device):
         return (sys.executable, "-m", "lowbit.runtimes.llama_server")
     if runtime.name == "transformers":
-        ready = all(find_spec(name) is not None for name in _SERVING)
+        ready = all(find_spec(name) is not None for name in _SERVING) and _torch_runs_on(device)
         return (sys.executable, *runtime.program[1:]) if ready else None
     environment = runtime.environments.get(device)
     if environment is not None:
@@ -45,6 +45,23 @@ def has_package(program: tuple[str, ...], package: str) -> bool:
         return True
     code = f"import importlib.metadata as m; m.version({package!r})"
     return subprocess.run([program[0], "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def _embeds_llama_cpp(device: str) -> bool:
+    """Whether xllamacpp is here, in a build for `device`: the one on PyPI is for CPUs."""
+    if find_spec("xllamacpp") is None:
+        return False
+    if device == "cpu":
+        return True
+    import xllamacpp
+
+    return any("GPU" in str(entry["type"]) for entry in xllamacpp.get_device_info())
+
+
+def _torch_runs_on(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or torch.cuda.is_available()
 
 
 def _given(runtime: Runtime, given: Path) -> tuple[str, ...]:
