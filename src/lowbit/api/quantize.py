@@ -119,10 +119,10 @@ class _Run:
         reset_peak_memory(self.device)
         started = time.monotonic()
         work = _work_directory(output, self.settings.restart)
-        with output_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
         windows = self._calibration_windows(work)
         digest = None if windows is None else windows_digest(windows)
+        with output_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
         journal = Journal(work, self._inputs(digest))
         writer = ShardedWriter(work, self.plan.layout)
         self._write_companions(work)

@@ -68,6 +68,10 @@ class Format(Protocol):
         will give them. `dtype` is the model's 16-bit dtype. Known before any calibration, so sizes are exact."""
         ...
 
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that scales of integers are stored in, so that methods choose them among what can be stored."""
+        ...
+
     def encode(self, tensor: QTensor, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
         """QTensor -> stored tensors by suffix."""
         ...

@@ -38,6 +38,7 @@ class Factors:
         for path, block in zip(self._paths, artifact.blocks, strict=True):
             own: dict[str, tuple[int, tuple[int, ...]]] = {}
             for name, parameter in block.named_parameters():
+                shape: tuple[int, ...]
                 groups = self.columns.get(f"{path}.{name.removesuffix('.weight')}")
                 if groups is not None:
                     shape = (parameter.shape[artifact.architecture.transposed], int(groups.max()) + 1)

@@ -15,10 +15,10 @@ from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
 from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.block import place_weight
 from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
 from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
+from lowbit.pipeline.job import place_weight
 from lowbit.pipeline.run import Streams
 
 _TIED_DAMPING = 0.05

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.core.training import mixed_precision, reproducible
 from lowbit.methods.learning import LearnedMatrix, learn
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.block import BlockJob, BlockResult, place_weight
+from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
 from lowbit.pipeline.plan import LayerPlan
 
 

@@ -20,9 +20,11 @@ from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint, open_artifact
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.block import BlockJob, BlockResult, place_weight, quantize_block
+from lowbit.pipeline.block import quantize_block
+from lowbit.pipeline.cache_scales import cache_scales
+from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
 from lowbit.pipeline.journal import Journal
-from lowbit.pipeline.kv_cache import cache_scales, scale_names
+from lowbit.pipeline.kv_cache import scale_names
 from lowbit.pipeline.learn import learn_block, learning_batch, learning_layers
 from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.pipeline.writer import ShardedWriter

@@ -18,6 +18,7 @@ from lowbit.core.hardware import calibration_dtype
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.writer import output_errors
 
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
@@ -40,9 +41,11 @@ def kept_samples(
         if windows.shape == (count, length):
             return windows
     windows = sample_windows(checkpoint, device, count, length, seed, progress)
-    temporary = file.with_suffix(".tmp")
-    save_file({"windows": windows}, temporary)
-    temporary.replace(file)
+    with output_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file({"windows": windows}, temporary)
+        temporary.replace(file)
     return windows
 
 

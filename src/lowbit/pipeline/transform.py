@@ -13,8 +13,9 @@ from lowbit.core.contracts import Needs
 from lowbit.core.errors import ArchitectureError
 from lowbit.core.statistics import InputStatistics
 from lowbit.methods.rtn import round_trip
-from lowbit.pipeline.block import BlockJob, watch
+from lowbit.pipeline.job import BlockJob
 from lowbit.pipeline.plan import LayerPlan
+from lowbit.pipeline.watch import watch
 from lowbit.transforms.scaling import Place, Problem, apply, places, representable, scale_statistics_
 
 # share of the block's own contribution that moving scales may change by rounding; a wrong architecture row changes more
