@@ -10,14 +10,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lowbit.api.evaluation import Evaluation, cache_directory, evaluate_run
 from lowbit.api.gguf_record import card
-from lowbit.api.gguf_source import ENVIRONMENT, converted
+from lowbit.api.gguf_source import converted
 from lowbit.api.quantize import quantize, recipe_for
 from lowbit.api.run import Settings
 from lowbit.api.runs import read_run, record_file, run_file, write_run
@@ -207,10 +206,3 @@ def _drop(artifact: Path) -> None:
     stem = artifact.name.removesuffix(".gguf")
     for file in artifact.parent.glob(f"{stem}.*"):
         file.unlink()
-
-
-def needs_converter(methods: Sequence[str], model: str | Path) -> str | None:
-    """The side environment that a sweep needs for GGUF types, or None."""
-    if Path(model).suffix == ".gguf":
-        return None
-    return ENVIRONMENT if any(recipe_for(method).format == "gguf" for method in methods) else None
