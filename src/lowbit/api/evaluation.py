@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -286,15 +287,18 @@ class _Evaluating:
     def _speed(self) -> dict[str, Any]:
         prompt, tokens = self.wanted.prompt_tokens, self.wanted.new_tokens
         self.progress.start("speed", 1)
-        if self.runtime in PROBED:
-            device = str(self.device) if self.runtime == IN_PROCESS else "cpu"
-            found = probe(self.artifact, self.runtime, prompt=prompt, tokens=tokens, device=device)
+        runtime = self.runtime
+        if runtime == IN_PROCESS and self.artifact.endswith(".gguf") and find_spec("xllamacpp") is not None:
+            runtime = "llama.cpp"  # what such a file is made for; transformers would only dequantize it
+        if runtime in PROBED:
+            device = str(self.device) if runtime == IN_PROCESS else "cpu"
+            found = probe(self.artifact, runtime, prompt=prompt, tokens=tokens, device=device)
         else:
             with self._server(prompt + tokens + 8) as server:
                 endpoint = server.endpoint
                 found = probe_endpoint(endpoint.url, endpoint.model, prompt=prompt, tokens=tokens)
                 found |= {"runtime": self.runtime}
         if "error" in found:
-            self.progress.warn(f"{self.runtime} could not be timed: {found['error']}")
+            self.progress.warn(f"{runtime} could not be timed: {found['error']}")
         self.progress.advance()
         return found
