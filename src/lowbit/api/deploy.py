@@ -14,7 +14,7 @@ from lowbit.deploy.objects.serve import DEV_VALUES, load_seconds, serve_template
 from lowbit.deploy.outputs import helm, kustomize, local
 from lowbit.deploy.outputs.files import write_folder
 from lowbit.deploy.outputs.guide import quantize_guide, serve_guide
-from lowbit.deploy.spec import QuantizeSpec
+from lowbit.deploy.spec import QuantizeSpec, ServeSpec
 
 TARGETS = ("kubernetes", "compose", "systemd", "ollama")
 
@@ -36,14 +36,19 @@ def serve_files(
         return local.systemd_serve(spec, list(program or made.runtime.program), args)
     if target == "ollama":
         return local.ollama(spec, local_model, made.options.context or 4096)
+    title = f"{made.artifact.name} ({made.artifact.scheme or made.artifact.format}) by {made.runtime.title}"
+    return {**server_folder(spec, title, namespace), "facts.json": _facts(made)}
+
+
+def server_folder(spec: ServeSpec, title: str, namespace: str = "") -> dict[str, str]:
+    """Kustomize tree, chart and guide of a server."""
     templates = serve_templates(spec)
     profiles: dict[str, dict[str, Any]] = {"dev": DEV_VALUES, "prod": {}}
-    title = f"{made.artifact.name} ({made.artifact.scheme or made.artifact.format}) by {made.runtime.title}"
-    files = {f"chart/{name}": text for name, text in helm.chart(
-        templates, name=spec.name, description=title, version=__version__, profiles={"dev": DEV_VALUES}).items()}  # fmt: skip
+    chart = helm.chart(templates, name=spec.name, description=title, version=__version__, profiles={"dev": DEV_VALUES})
+    files = {f"chart/{name}": text for name, text in chart.items()}
     tree = kustomize.tree(templates, name=spec.name, namespace=namespace, profiles=profiles)
     files |= {f"kustomize/{name}": text for name, text in tree.items()}
-    return files | {"README.md": serve_guide(spec, title, namespace), "facts.json": _facts(made)}
+    return files | {"README.md": serve_guide(spec, title, namespace)}
 
 
 def quantize_files(

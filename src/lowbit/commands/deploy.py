@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.commands.deploy_check import migrate, validate
 from lowbit.core.errors import RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Quantize and serve on Kubernetes (or with compose, systemd, Ollama).")
@@ -168,6 +169,10 @@ def quantize(
     )
     print(f"{folder}: {len(spec.runs)} runs of {spec.model}, {amounts}")
     _next(folder, target)
+
+
+app.command()(validate)
+app.command()(migrate)
 
 
 def _next(folder: Path, target: str) -> None:

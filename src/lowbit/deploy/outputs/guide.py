@@ -81,5 +81,6 @@ def quantize_guide(spec: QuantizeSpec, title: str, namespace: str) -> str:
     kubectl{option} logs -f job/{spec.name}
 
 A pod that is evicted costs the block in hand: the next one continues from the journal on the output volume. Jobs cannot
-be changed: delete it before applying another. `lowbit deploy delete` keeps the claim with the artifacts unless --with-data is given.
+be changed: delete it before applying another. `lowbit deploy delete` keeps the claim with the artifacts, unless
+--with-data is given.
 """
