@@ -69,7 +69,10 @@ def tune(
     progress.start("tune", options.steps)
     with reproducible(), base.outside():
         student = _Student(base, artifact, factors)
+        reached = factors.values.clone()  # by an earlier run
+        factors.values.zero_()
         before = student.loss(windows[held_out], teacher.states[held_out.to(teacher.states.device)])
+        factors.values.copy_(reached)
         for step in range(factors.step, options.steps):
             chosen = _batch(training, batch, step, options.seed)
             loss = student.gradients(windows[chosen], teacher.states[chosen.to(teacher.states.device)])
