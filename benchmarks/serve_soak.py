@@ -44,6 +44,12 @@ def start(model: Path, parallel: int) -> tuple[subprocess.Popen[str], dict[str, 
     return process, json.loads(process.stdout.readline())
 
 
+def runtime_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that the guard started, not a helper of its own."""
+    [guard] = psutil.Process(process.pid).children()
+    return guard.children()[0]
+
+
 def one(client: Client, number: int, leaves: bool) -> tuple[str, float]:
     """How a request ended ("answered", "left" or an error) and seconds to its first piece."""
     drawn = random.Random(number)
@@ -67,7 +73,7 @@ def one(client: Client, number: int, leaves: bool) -> tuple[str, float]:
 def soak(model: Path, requests: int, clients: int, parallel: int) -> list[dict[str, Any]]:
     process, told = start(model, parallel)
     client = Client(told["url"], told["model"], timeout=300)
-    runtime = psutil.Process(process.pid).children(recursive=True)[-1]
+    runtime = runtime_of(process)
     drawn = random.Random(0)
     leaves = [drawn.random() < 1 / 3 for _ in range(requests)]
     early: list[int] = []
@@ -113,8 +119,7 @@ def soak(model: Path, requests: int, clients: int, parallel: int) -> list[dict[s
 
 def killed(model: Path) -> list[dict[str, Any]]:
     process, _ = start(model, 2)
-    runtime = psutil.Process(process.pid).children(recursive=True)[-1]
-    os.kill(runtime.pid, signal.SIGKILL)
+    os.kill(runtime_of(process).pid, signal.SIGKILL)
     at = time.perf_counter()
     code = process.wait(60)
     seconds = time.perf_counter() - at

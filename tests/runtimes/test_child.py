@@ -122,6 +122,7 @@ def test_kill_of_the_parent_or_the_guard_leaves_nobody(tmp_path: Path, victim: s
         ("RuntimeError: Triton dequant kernels require CUDA tensors", 1, "no kernel", "--runtime"),
         ("what():  tinygemm_kernel_nn: scalar path not implemented!", 1, "this dtype (what():", "--dtype bfloat16"),
         ("error loading model: unknown model architecture: 'foo'", 1, "model family", "newer release"),
+        ("Worker proc VllmWorker-0 died unexpectedly (exit code: None)", 0, "one of its processes died", ""),
         ("loading", 137, "killed", "--context"),
         ("loading", 132, "instructions", "this CPU"),
     ],

@@ -41,6 +41,7 @@ _KNOWN = (
      "it does not know this model family", "a newer release of the runtime, or --runtime transformers"),
     (r"Unknown quantization method|Unsupported quantization", "it does not know this format",
      "another --runtime, or lowbit convert to another format"),
+    (r"Worker proc .* died unexpectedly|Engine core proc .* died unexpectedly", "one of its processes died", None),
     (r"No module named|ModuleNotFoundError|ImportError", "a package is missing in its environment",
      "see its last lines; lowbit env list shows the side environments"),
     (r"unrecognized arguments|no such option|unknown argument|error: argument", "it does not know one of its flags",
