@@ -171,7 +171,7 @@ def test_vllm_keeps_replicas_gpus_context_and_claim(made: dict[str, Any]) -> Non
         assert words in line
     assert "--quantization" not in line
     assert "--dtype" not in line
-    assert box["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert box["resources"]["limits"]["nvidia.com/gpu"] == "2"
     assert ":latest" not in box["image"]
     assert deployment["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "quantized"
 

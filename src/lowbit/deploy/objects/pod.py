@@ -88,7 +88,7 @@ def resources(spec: Common) -> dict[str, Tree]:
     if not spec.gpus:
         limits["cpu"] = cpu
     if spec.gpus:
-        count = Value("resources.gpus", spec.gpus, "GPUs of a pod.")
+        count = Value("resources.gpus", str(spec.gpus), "GPUs of a pod.")
         requests[spec.gpu_resource] = limits[spec.gpu_resource] = count
     return {"requests": requests, "limits": limits}
 

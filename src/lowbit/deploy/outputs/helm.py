@@ -86,6 +86,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "puller.tag": _NOT_LATEST,
     # --set makes numbers of them
     "resources.cpu": {"type": ["string", "integer"]},
+    "resources.gpus": {"type": ["string", "integer"]},
     "autoscaling.threshold": {"type": ["string", "integer"]},
     "resources.memory": {"pattern": r"^\d+(\.\d+)?[KMGT]i?$"},
 }
