@@ -9,7 +9,7 @@ from typing import Any
 
 from lowbit.api.runs import read_run, record_file, run_file
 from lowbit.core.errors import CheckpointError
-from lowbit.evals.statistics import pareto_front
+from lowbit.evals.statistics import INDISTINGUISHABLE, pareto_front
 from lowbit.report.tables import row
 
 
@@ -130,10 +130,12 @@ def _memory(values: dict[str, Any]) -> float | None:
 
 
 def merit(rows: Sequence[dict[str, Any]]) -> list[float | None]:
-    """How good each row is: the mean of the tasks that all rows have, else minus the KL divergence."""
+    """How good each row is: the mean of the tasks that all rows have; minus the KL divergence where they have none, or too
+    few items to tell any row from the base: then the divergence is what tells them apart."""
     shared = set.intersection(*(set(values["tasks"]) for values in rows)) if rows else set()
     shares = [name for name in sorted(shared) if all(values["tasks"][name]["higher_is_better"] for values in rows)]
-    if shares:
+    verdicts = {task["against"]["verdict"] for values in rows for task in values["tasks"].values() if "against" in task}
+    if shares and (verdicts - {INDISTINGUISHABLE} or not verdicts):
         return [sum(values["tasks"][name]["score"] for name in shares) / len(shares) for values in rows]
     return [None if values["kl"] is None else -values["kl"] for values in rows]
 
