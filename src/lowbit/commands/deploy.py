@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.commands.deploy_check import migrate, validate
+from lowbit.commands.deploy_cluster import apply, delete, plan
 from lowbit.core.errors import RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Quantize and serve on Kubernetes (or with compose, systemd, Ollama).")
@@ -173,6 +174,9 @@ def quantize(
 
 app.command()(validate)
 app.command()(migrate)
+app.command()(plan)
+app.command()(apply)
+app.command()(delete)
 
 
 def _next(folder: Path, target: str) -> None:
