@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.api.calibration import calibration_windows, held_out_windows
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
 from lowbit.api.gguf_source import converted, drop_converted, opened
@@ -22,13 +23,12 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CalibrationError, CheckpointError, OutputError
+from lowbit.core.errors import CheckpointError, OutputError, RecipeError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.text import first_windows, token_windows, windows_digest
-from lowbit.core.tokenizer import load_tokenizer
+from lowbit.core.text import windows_digest
 from lowbit.evals.divergence import Measurement, measure
 from lowbit.evals.verify import check
 from lowbit.formats.gguf import PlannedTensor, copied_pairs, lay_out
@@ -46,7 +46,6 @@ from lowbit.pipeline.run import Streams
 from lowbit.pipeline.writer import output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe
 
-VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
 _IMATRIX = "imatrix.gguf"
 
 
@@ -66,6 +65,8 @@ class _GgufRun:
         self.name, self.output, self.recipe = str(model), output, recipe
         self.settings, self.progress = settings, progress
         self.options: GgufOptions = gguf_options(recipe)
+        if recipe.tune.steps:
+            raise RecipeError("the last pass over scales does not write GGUF yet", hint="--tune 0; or another --format")
         self.device = pick_device(settings.device)
         self.from_gguf = Path(model).suffix == ".gguf"
         # a GGUF input that is only to be encoded need not be of a family that transformers knows
@@ -81,7 +82,7 @@ class _GgufRun:
             source = opened(Path(self.name), allow_requantize=self.options.allow_requantize)
         else:
             source = converted(self.checkpoint, work, self.progress)
-        windows = self._calibration_windows()
+        windows = self._calibration_windows(work)
         digest = None if windows is None else windows_digest(windows)
         journal = Journal(work, self._inputs(source, digest))
         model = self._model() if windows is not None else None
@@ -197,18 +198,11 @@ class _GgufRun:
         stored = DTYPES.get(str(self.checkpoint.config.get("dtype")), torch.bfloat16)
         return StreamedModel(self.checkpoint, self.device, calibration_dtype(self.device, stored))
 
-    def _calibration_windows(self) -> Tensor | None:
+    def _calibration_windows(self, work: Path) -> Tensor | None:
         wanted = self.recipe.calibration
         if self.options.refine == "none" or self.options.imatrix or wanted.dataset == NO_TEXT:
             return None
-        if wanted.dataset == "self":
-            from lowbit.pipeline.self_sampling import sample_windows
-
-            return sample_windows(
-                self.checkpoint, self.device, wanted.num_samples, wanted.seq_len, wanted.seed, self.progress
-            )
-        tokenizer = load_tokenizer(self.checkpoint)
-        return token_windows(wanted.dataset, tokenizer, wanted.num_samples, wanted.seq_len, wanted.seed)
+        return calibration_windows(self.checkpoint, wanted, self.device, work, self.progress)
 
     def _inputs(self, source: GgufSource, digest: str | None) -> dict[str, Any]:
         """Everything that decides the bytes of the file."""
@@ -239,7 +233,7 @@ class _GgufRun:
     def _verify(self, file: Path, job: GgufJob) -> Measurement:
         """Measure the finished file against its base on text that calibration did not see."""
         candidate = GgufCheckpoint(file, self.checkpoint.config, torch.float32)
-        windows = _held_out(self.recipe, load_tokenizer(self.checkpoint))
+        windows = held_out_windows(self.checkpoint, self.recipe.calibration)
         measurement = measure(
             StreamedModel(candidate, self.device, torch.float32),
             windows,
@@ -262,18 +256,6 @@ class _GgufRun:
                 os.replace(work / name, place / name)
             drop_converted(work)
             shutil.rmtree(work)
-
-
-def _held_out(recipe: Recipe, tokenizer: Any) -> Tensor:
-    wanted = recipe.calibration
-    if "pydoc" in wanted.dataset.split("+"):
-        try:
-            count = wanted.num_samples + VERIFY_WINDOWS
-            every = token_windows(wanted.dataset, tokenizer, count, wanted.seq_len, wanted.seed)
-            return every[wanted.num_samples :, :VERIFY_CONTEXT]
-        except CalibrationError:
-            pass
-    return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
 
 
 def read_gguf_record(file: Path) -> dict[str, Any] | None:

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.api.calibration import calibration_windows, held_out_windows
 from lowbit.api.effort import with_effort
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CalibrationError, OutputError, RecipeError
+from lowbit.core.errors import OutputError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.text import first_windows, token_windows, windows_digest
+from lowbit.core.text import windows_digest
 from lowbit.core.tokenizer import load_tokenizer
 from lowbit.evals.divergence import Measurement, measure
 from lowbit.evals.verify import check
@@ -35,14 +36,12 @@ from lowbit.pipeline.estimate import Estimate, estimate
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
-from lowbit.pipeline.self_sampling import kept_samples, remove_samples
+from lowbit.pipeline.self_sampling import remove_samples
 from lowbit.pipeline.tune import TuneOptions
 from lowbit.pipeline.tuned import remove_tuning, tune_artifact
 from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
-
-VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
 
 
 def quantize(
@@ -155,25 +154,7 @@ class _Run:
     def _calibration_windows(self, work: Path) -> Tensor | None:
         if not self.plan.needs_calibration and not self.recipe.tune.steps:
             return None
-        wanted = self.recipe.calibration
-        longest = int(self.checkpoint.config.get("max_position_embeddings") or wanted.seq_len)
-        if wanted.seq_len > longest:
-            raise RecipeError(
-                f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
-                hint=f"--seq-len {longest}",
-            )
-        parts = wanted.dataset.split("+")
-        texts = [part for part in parts if part != "self"]
-        sampled = round(wanted.num_samples * (len(parts) - len(texts)) / len(parts))
-        windows = []
-        if texts:
-            tokenizer, count = load_tokenizer(self.checkpoint), wanted.num_samples - sampled
-            windows.append(token_windows("+".join(texts), tokenizer, count, wanted.seq_len, wanted.seed))
-        if sampled:
-            windows.append(
-                kept_samples(work, self.source, self.device, sampled, wanted.seq_len, wanted.seed, self.progress)
-            )
-        return torch.cat(windows)
+        return calibration_windows(self.source, self.recipe.calibration, self.device, work, self.progress)
 
     def _tune(self, windows: Tensor | None, writer: ShardedWriter, work: Path) -> dict[str, Any] | None:
         wanted = self.recipe.tune
@@ -222,7 +203,7 @@ class _Run:
                 load_tokenizer(self.checkpoint).save_pretrained(work)
 
     def _verify(self, work: Path, report: RunReport) -> Measurement:
-        windows = self._held_out_windows()
+        windows = held_out_windows(self.checkpoint, self.recipe.calibration)
         candidate = open_artifact(open_checkpoint(work), torch.float32)
         measurement = measure(
             StreamedModel(candidate, self.device, torch.float32),
@@ -232,19 +213,6 @@ class _Run:
         )
         check(measurement, report.errors, self.settings.max_kl, self.settings.min_recovery)
         return measurement
-
-    def _held_out_windows(self) -> Tensor:
-        """Windows that calibration did not see: of Python's reference text, or of the calibration set's beginning."""
-        tokenizer = load_tokenizer(self.checkpoint)
-        own = self.recipe.calibration.dataset
-        try:
-            if "pydoc" in own.split("+"):
-                seen = self.recipe.calibration
-                every = token_windows("pydoc", tokenizer, seen.num_samples + VERIFY_WINDOWS, seen.seq_len, seen.seed)
-                return every[seen.num_samples :, :VERIFY_CONTEXT]
-            return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
-        except CalibrationError:
-            return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
 
     def _record(
         self, report: RunReport, checksums: Mapping[str, str], digest: str | None, measurement: Measurement | None

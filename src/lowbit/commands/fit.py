@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lowbit.commands.parse import parse_bytes
+
 
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, unquantized .gguf file or hub id.")],
@@ -40,17 +42,16 @@ def fit(
     from lowbit.api.fit import fit as run
     from lowbit.api.quantize import quantize
     from lowbit.commands.progress import listener
-    from lowbit.commands.quantize import _bytes
     from lowbit.recipe import Calibration
 
-    budget = _bytes(size)
+    budget = parse_bytes(size)
     if max_memory is not None:
         from lowbit.api.memory import serving_memory
 
         parts = serving_memory(
             model, "q4_k_m", runtime="llama.cpp", place="cpu", context=context, concurrency=concurrency
         )
-        budget = (_bytes(max_memory) or 0) - (parts.total - parts.weights)
+        budget = (parse_bytes(max_memory) or 0) - (parts.total - parts.weights)
     with listener(quiet=quiet or as_json) as progress:
         found = run(
             model,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.commands.parse import parse_alpha, parse_bytes, parse_group_size, parse_options
 from lowbit.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def quantize(
     from lowbit.api.run import Settings
     from lowbit.commands.progress import listener
 
-    options = _options(option or [])
+    options = parse_options(option or [])
     if act_order or desc_act:
         options["act_order"] = "desc" if desc_act else act_order
     options |= _gguf_options(
@@ -136,11 +136,11 @@ def quantize(
         token_embedding_type=token_embedding_type,
         tensor_type=tensor_type or None,
         allow_requantize=allow_requantize or None,
-        max_shard_size=_bytes(max_shard_size),
+        max_shard_size=parse_bytes(max_shard_size),
     )
     chosen = _recipe(recipe, method, output).updated(
         bits=bits,
-        group_size=_group_size(group_size),
+        group_size=parse_group_size(group_size),
         symmetric=sym,
         dataset=dataset,
         num_samples=num_samples,
@@ -158,8 +158,8 @@ def quantize(
         chosen = with_effort(chosen, effort)
     chosen = chosen.updated(tune_steps=tune)
     if alpha is not None:
-        chosen = chosen.updated(transform_options={"alpha": _alpha(alpha)})
-    settings = Settings(device, _bytes(max_memory), revision, not no_verify, max_kl, restart, min_recovery)
+        chosen = chosen.updated(transform_options={"alpha": parse_alpha(alpha)})
+    settings = Settings(device, parse_bytes(max_memory), revision, not no_verify, max_kl, restart, min_recovery)
     if no_verify and (fallback or max_kl is not None or min_recovery is not None):
         raise RecipeError("--max-kl, --min-recovery and --fallback need verification", hint="leave --no-verify out")
     if dry_run and chosen.format == "gguf":
@@ -204,51 +204,6 @@ def _recipe(file: Path | None, method: str | None, output: Path | None) -> Recip
         return recipe_for(method or "gptq")
     recipe = Recipe.load(file)
     return recipe if method is None else recipe.updated(method=method)
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    options = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise RecipeError(f"--option {pair!r} is not NAME=VALUE", hint="such as --option percdamp=0.05")
-        options[name.strip().replace("-", "_")] = yaml.safe_load(value)
-    return options
-
-
-def _alpha(text: str) -> float | str:
-    if text == "auto":
-        return text
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise RecipeError(f"--alpha {text!r} is not a number from 0 to 1", hint="such as 0.5, or auto")
-    return share
-
-
-def _group_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if text in ("channel", "-1"):
-        return 0
-    if not text.isdigit():
-        raise RecipeError(f"--group-size {text!r} is not a number", hint="such as 128, 0 for one scale a row, or auto")
-    return int(text)
-
-
-def _bytes(text: str | None) -> int | None:
-    """ "2GiB", "500MB", "1000000" -> bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise RecipeError(f"{text!r} is not an amount of memory", hint="such as 2GiB or 500MB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
 def _print_plan(plan: Any, expected: Any, recipe: Recipe, as_json: bool) -> None:

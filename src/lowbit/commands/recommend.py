@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.commands.quantize import _bytes as parse_bytes
+from lowbit.commands.parse import parse_bytes
 from lowbit.core.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:

@@ -1,0 +1,56 @@
+"""The token windows that a run calibrates on, and those that it is measured on: what every kind of quantization shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.core.contracts import Checkpoint
+from lowbit.core.errors import CalibrationError, RecipeError
+from lowbit.core.progress import Progress
+from lowbit.core.text import first_windows, token_windows
+from lowbit.core.tokenizer import load_tokenizer
+from lowbit.pipeline.self_sampling import kept_samples
+from lowbit.recipe import Calibration
+
+VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, wanted: Calibration, device: torch.device, work: Path, progress: Progress
+) -> Tensor:
+    """[num_samples, seq_len] int64. What the model has to write itself ("self") is kept in `work` for a continued run.
+
+    checkpoint: read as dense weights. Raises RecipeError for windows longer than the model's positions, CalibrationError
+    for too little text.
+    """
+    longest = int(checkpoint.config.get("max_position_embeddings") or wanted.seq_len)
+    if wanted.seq_len > longest:
+        raise RecipeError(
+            f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
+            hint=f"--seq-len {longest}",
+        )
+    parts = wanted.dataset.split("+")
+    texts = [part for part in parts if part != "self"]
+    sampled = round(wanted.num_samples * (len(parts) - len(texts)) / len(parts))
+    windows = []
+    if texts:
+        tokenizer, count = load_tokenizer(checkpoint), wanted.num_samples - sampled
+        windows.append(token_windows("+".join(texts), tokenizer, count, wanted.seq_len, wanted.seed))
+    if sampled:
+        windows.append(kept_samples(work, checkpoint, device, sampled, wanted.seq_len, wanted.seed, progress))
+    return torch.cat(windows)
+
+
+def held_out_windows(checkpoint: Checkpoint, seen: Calibration) -> Tensor:
+    """Windows that calibration did not see, of Python's reference text."""
+    tokenizer = load_tokenizer(checkpoint)
+    if "pydoc" in seen.dataset.split("+"):
+        try:
+            every = token_windows("pydoc", tokenizer, seen.num_samples + VERIFY_WINDOWS, seen.seq_len, seen.seed)
+            return every[seen.num_samples :, :VERIFY_CONTEXT]
+        except CalibrationError:  # too little of it is left
+            pass
+    return first_windows("pydoc", tokenizer, VERIFY_WINDOWS, VERIFY_CONTEXT)
