@@ -28,7 +28,7 @@ def row(
 
 
 def method_name(record: Mapping[str, Any]) -> str:
-    """ "gptq 4-bit g64", "rtn 8-bit channel asym", "cast float16": the recipe's method and the numbers of most layers."""
+    """ "gptq 4-bit g64", "awq+rtn 4-bit g128 asym", "cast float16": the recipe's method and the numbers of most layers."""
     recipe = record["recipe"]
     if recipe["format"] == "gguf":
         return str(recipe["method"])
@@ -37,7 +37,8 @@ def method_name(record: Mapping[str, Any]) -> str:
         return f"{recipe['method']} {recipe['dtype']}".removesuffix(" auto")
     usual = max(weights, key=weights.count)
     grouping = f"g{usual['group_size']}" if usual["group_size"] else usual["granularity"]
-    return f"{recipe['method']} {usual['bits']}-bit {grouping}" + ("" if usual["symmetric"] else " asym")
+    method = "+".join([*recipe.get("transforms", ()), recipe["method"]])
+    return f"{method} {usual['bits']}-bit {grouping}" + ("" if usual["symmetric"] else " asym")
 
 
 def cells(values: Mapping[str, Any]) -> list[str]:
