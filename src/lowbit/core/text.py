@@ -133,7 +133,8 @@ def _local_rows(path: Path) -> Iterable[Any]:
 
 def _json_rows(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # not splitlines(): JSON strings may hold U+2028, which it takes for the end of a line
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
