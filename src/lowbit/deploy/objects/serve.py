@@ -53,7 +53,7 @@ DEV_VALUES = {
 
 def load_seconds(spec: ServeSpec) -> int:
     """How long a pod may take from its start until it answers."""
-    return math.ceil(spec.weight_bytes / _READ_RATE) + spec.warmup
+    return max(60, math.ceil(spec.weight_bytes / _READ_RATE) + spec.warmup)
 
 
 def _service_account() -> Tree:
