@@ -216,3 +216,17 @@ def test_llama_cpp_loads_it_and_says_what_the_dequantized_weights_say(
         assert torch.tensor(entry["logprob"]).exp().item() == pytest.approx(
             expected[entry["id"]].item(), rel=0.25, abs=0.01
         )
+
+
+def test_dry_run_tells_types_and_size_before_any_conversion(folder: Path, source: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lowbit.cli import app
+
+    done = CliRunner().invoke(app, ["quantize", str(folder), "--method", "q4_k_m", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    planned = json.loads(done.stdout)
+    made = quantized(source, tmp_path / "m.gguf", "q4_k_m").path
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made).tensors}
+    assert {name: tensor["type"] for name, tensor in planned["tensors"].items()} == types
+    assert planned["bytes"] == pytest.approx(made.stat().st_size, rel=0.01)

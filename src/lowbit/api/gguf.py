@@ -155,6 +155,12 @@ class _GgufRun:
             self.progress.warn(
                 f"{len(left)} tensors are no single linear layer and were rounded plainly: {left[0]} ..."
             )
+        widest = max(job.source.tensors[name].shape[-1] for name in tensors)
+        if windows.numel() < 4 * widest:
+            self.progress.warn(
+                f"{windows.numel()} tokens of calibration are few for layers of {widest} inputs: rounding may fit them "
+                f"instead of the language; give {4 * widest} or more (--num-samples, --seq-len), or --refine none"
+            )
         chosen = self.options
         options = SecondOrderOptions(damping=chosen.damping, sweeps=chosen.sweeps, asymmetric=chosen.asymmetric)
         return SecondOrderRun(

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
+from lowbit.api.gguf_options import gguf_options
 from lowbit.api.quantize import recipe_for
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import ArchitectureError, FormatError, RecipeError
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.formats.gguf import PlannedTensor
 from lowbit.formats.reader import open_artifact
-from lowbit.methods.kquants.policy import TensorInfo
+from lowbit.methods.kquants.policy import PolicyOptions, TensorInfo
 from lowbit.pipeline.plan import make_plan
 from lowbit.pipeline.writer import stored_bytes
 from lowbit.recipe import Recipe
-from lowbit.recommend.gguf_size import gguf_bytes, gguf_tensors, repacked_bytes, vocabulary_bytes
+from lowbit.recommend.gguf_size import gguf_bytes, gguf_plan, gguf_tensors, repacked_bytes, vocabulary_bytes
 from lowbit.recommend.memory import Load, MemoryParts, Place, serving_parts
 from lowbit.recommend.shape import ModelShape, shape_of_config, shape_of_gguf
 from lowbit.recommend.source import open_shapes
@@ -95,7 +97,7 @@ class Model:
         """The artifact that `lowbit quantize --method` gives. Raises LowbitError where that would refuse."""
         recipe = recipe_for(method) if isinstance(method, str) else method
         if recipe.format == "gguf":
-            file, weights, repacked = gguf_bytes(recipe.method, *self._gguf)
+            file, weights, repacked = gguf_bytes(recipe.method, *self._gguf, _policy(recipe))
             return Size(file, weights, recipe, repacked=repacked)
         try:
             return self._stored(recipe, "")
@@ -103,6 +105,11 @@ class Model:
             if "does not divide" not in error.message:
                 raise
             return self._stored(recipe.updated(group_size="auto"), " --group-size auto")
+
+    def gguf_plan(self, recipe: Recipe) -> list[PlannedTensor]:
+        """Every tensor of the file that a GGUF recipe gives, with its type."""
+        tensors, shape, _ = self._gguf
+        return gguf_plan(recipe.method, tensors, shape, _policy(recipe))
 
     @cached_property
     def _gguf(self) -> tuple[list[TensorInfo], ModelShape, int]:
@@ -130,6 +137,12 @@ def artifact_bytes(model: str | Path, method: str | Recipe) -> int:
     Exact for safetensors formats; of GGUF within a few kilobytes of metadata. Raises LowbitError where quantizing would.
     """
     return Model(model).size(method).file
+
+
+def _policy(recipe: Recipe) -> PolicyOptions:
+    """What the recipe's options change about types."""
+    options = gguf_options(recipe)
+    return options.policy(has_imatrix=options.refine != "none")
 
 
 def serving_memory(

@@ -163,9 +163,10 @@ def quantize(
     if no_verify and (fallback or max_kl is not None or min_recovery is not None):
         raise RecipeError("--max-kl, --min-recovery and --fallback need verification", hint="leave --no-verify out")
     if dry_run and chosen.format == "gguf":
-        raise RecipeError(
-            "a GGUF file's tensors are known only once the checkpoint is converted", hint="leave --dry-run out"
-        )
+        from lowbit.commands.gguf_plan import print_gguf_plan
+
+        print_gguf_plan(model, chosen, revision, as_json=as_json)
+        return
     if dry_run:
         _print_plan(*plan(model, recipe=chosen, settings=settings), chosen, as_json)
         return

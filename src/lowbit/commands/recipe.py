@@ -35,16 +35,16 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A preset, as `lowbit recipe list` shows them.")],
+    name: Annotated[str, typer.Argument(help="A preset, as `lowbit recipe list` shows them, or a GGUF type.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print a preset in full, as YAML to start from.
 
     Example: lowbit recipe show gptq > recipe.yaml
     """
-    from lowbit.recipe import preset
+    from lowbit.api.quantize import recipe_for
 
-    recipe = preset(name)
+    recipe = recipe_for(name)
     print(
         json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.yaml(), end="\n" if as_json else ""
     )

@@ -59,6 +59,16 @@ def gguf_tensors(parameters: Mapping[str, tuple[int, ...]], shape: ModelShape) -
     return [TensorInfo(key, size, _stored_type(key, size)) for key, size in found.items()]
 
 
+def gguf_plan(
+    method: str, tensors: list[TensorInfo], shape: ModelShape, options: PolicyOptions | None = None
+) -> list[PlannedTensor]:
+    """Every tensor of a file of type `method`, with its type. Raises FormatError when a tensor fits no type."""
+    arch = _ARCHITECTURES.get(shape.model_type, shape.model_type)
+    info = ModelInfo(arch, shape.blocks, shape.heads, shape.kv_heads, shape.experts)
+    types = tensor_types("f16" if method == "fp16" else method, tensors, info, options)
+    return [PlannedTensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors]
+
+
 def gguf_bytes(
     method: str, tensors: list[TensorInfo], shape: ModelShape, vocabulary: int, options: PolicyOptions | None = None
 ) -> tuple[int, int, int]:
@@ -66,10 +76,7 @@ def gguf_bytes(
 
     vocabulary: bytes of metadata, `vocabulary_bytes`. Raises FormatError when a tensor fits no type.
     """
-    arch = _ARCHITECTURES.get(shape.model_type, shape.model_type)
-    info = ModelInfo(arch, shape.blocks, shape.heads, shape.kv_heads, shape.experts)
-    types = tensor_types("f16" if method == "fp16" else method, tensors, info, options)
-    planned = [PlannedTensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors]
+    planned = gguf_plan(method, tensors, shape, options)
     files = lay_out("model.gguf", {"metadata": bytes(vocabulary + _KEYS)}, planned)
     repacked = repacked_bytes({tensor.name: (tensor.ggml_type, tensor.nbytes) for tensor in planned})
     return sum(file.size for file in files), sum(tensor.nbytes for tensor in planned), repacked
