@@ -196,6 +196,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("gpu-request", "must be equal", put(VLLM, "c.resources/requests/nvidia.com~gpu", 2)),
     ("dangling-mount", "'cache'", add(VLLM, "c.volumeMounts", {"name": "cache", "mountPath": "/cache"})),
     ("probe-port", "'web'", put(VLLM, "c.readinessProbe/httpGet/port", "web")),
+    ("probe-port", "asks port 9090", put(LLAMA, "c.readinessProbe/httpGet/port", 9090)),
     ("restart-policy", "cannot be 'Always'", put(JOB, "p.restartPolicy", "Always")),
     ("name", "'My_Server' is no DNS label", put(SERVICE, "metadata.name", "My_Server")),
     ("volume-sources", "2 sources", put(VLLM, "p.volumes/0/emptyDir", {})),
@@ -303,6 +304,28 @@ def documents(contents: Iterable[dict[str, Any]]) -> list[Document]:
 
 def good() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(GOOD))
+
+
+# what real charts do rightly, and a rule that is too eager would take for a fault
+FINE: list[tuple[str, Edit]] = [
+    ("another program of a runtime's image", both(put(LLAMA, "c.command", ["cache_server", "0.0.0.0", "81"]),
+                                                  put(LLAMA, "c.args", []))),
+    ("pods of another controller", lambda objects: objects.append(
+        {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "r"}, "spec": {}}) or
+        put(SERVICE, "spec.selector", {"ray.io/cluster": "r"})(objects)),
+    ("GPUs by a runtime class", both(put(VLLM, "p.runtimeClassName", "nvidia"),
+                                     put(VLLM, "c.resources/limits/nvidia.com~gpu", None),
+                                     put(VLLM, "c.resources/requests/nvidia.com~gpu", None))),
+    ("a port that is not declared", lambda objects: box(objects, JOB).update(
+        ports=[{"containerPort": 8443}], readinessProbe={"httpGet": {"path": "/ready", "port": 8081}})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "edit"), FINE, ids=[what for what, _ in FINE])
+def test_no_false_alarm_on_what_real_charts_do(what: str, edit: Edit) -> None:
+    contents = good()
+    edit(contents)
+    assert not [(f.rule, f.message) for f in validate(documents(contents)) if f.severity == "error"]
 
 
 def test_there_are_enough_faults() -> None:

@@ -9,6 +9,8 @@ from lowbit.deploy.documents import Document
 from lowbit.deploy.validate.finding import REMOVE, Change, Finding
 from lowbit.deploy.validate.view import Pod, at, items, mapping, pods
 
+# their controllers make pods, with labels that no manifest shows
+_MAKERS = ("RayCluster", "RayService", "JobSet", "InferenceService", "LLMInferenceService", "PyTorchJob", "Rollout")
 _WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet")
 
 
@@ -49,6 +51,8 @@ def _selected(selector: dict[str, Any], document: Document, documents: Sequence[
 
 def _service(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
     selector = mapping(at(document.content, "spec", "selector"))
+    if any(other.kind in _MAKERS for other in documents):
+        return
     if document.kind != "Service" or not selector or not any(True for other in documents for _ in pods(other)):
         return
     found = _selected(selector, document, documents)

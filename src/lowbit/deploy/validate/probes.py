@@ -32,20 +32,19 @@ def _ports(document: Document, documents: Sequence[Document]) -> Iterator[Findin
                         f"there is no port named {port!r}",
                         f"one of {', '.join(sorted(str(name) for name in names if name)) or 'none here'}",
                     )
-                elif isinstance(port, int) and numbers and port not in numbers:
+                # a port need not be declared to be asked, but of a server we know where it listens
+                elif isinstance(port, int) and container.runtime and port not in numbers | {_listens(container)}:
                     yield Finding(
                         "probe-port",
                         "error",
                         document,
                         place,
-                        f"it asks port {port}, and the container has "
-                        f"{', '.join(map(str, sorted(n for n in numbers if isinstance(n, int))))}",
-                        "the same port",
+                        f"it asks port {port}, and the server listens on {_listens(container)}",
+                        "the server's port",
                     )
             if not container.runtime or not document.kind:
                 continue
-            given = container.flag("--port")
-            serves = int(given) if given and given.isdigit() else _PORTS[container.runtime] if given is None else None
+            serves = _listens(container)
             if serves is not None and numbers and serves not in numbers:
                 yield Finding(
                     "server-port",
@@ -66,6 +65,11 @@ def _ports(document: Document, documents: Sequence[Document]) -> Iterator[Findin
                     "the server listens on the pod's loopback only: neither probes nor clients reach it",
                     "--host 0.0.0.0",
                 )
+
+
+def _listens(container: Container) -> int | None:
+    given = container.flag("--port")
+    return int(given) if given and given.isdigit() else _PORTS[container.runtime] if given is None else None
 
 
 def _port(container: Container, probe: str) -> object:

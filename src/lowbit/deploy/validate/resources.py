@@ -99,7 +99,10 @@ def _gpus(document: Document, documents: Sequence[Document]) -> Iterator[Finding
             if not document.kind or not container.runtime:
                 continue
             image, place = container.image, (*container.path, "resources")
-            if "vllm-openai" in image and "cpu" not in image and not container.gpus:
+            # GPUs that come another way: a runtime class that hands out all, or a claim of Dynamic Resource Allocation
+            other = pod.spec.get("runtimeClassName") or "NVIDIA_VISIBLE_DEVICES" in container.env
+            other = other or at(container.content, "resources", "claims")
+            if "vllm-openai" in image and "cpu" not in image and not container.gpus and not other:
                 yield Finding(
                     "no-gpu",
                     "error",
@@ -108,7 +111,7 @@ def _gpus(document: Document, documents: Sequence[Document]) -> Iterator[Finding
                     "this image needs a GPU, and none is asked for",
                     "limits: nvidia.com/gpu: 1, or the image vllm/vllm-openai-cpu",
                 )
-            if container.runtime == "tensorrt-llm" and not container.gpus:
+            if container.runtime == "tensorrt-llm" and not container.gpus and not other:
                 yield Finding(
                     "no-gpu",
                     "error",

@@ -185,6 +185,10 @@ class Container:
     def runtime(self) -> str:
         """ "vllm", "llama.cpp", "tensorrt-llm", "transformers", or "" for something else."""
         text = f"{self.image} {self.line}"
+        if self.content.get("command") and not re.search(
+            r"vllm|llama|trtllm|transformers|python|bash|/sh|^sh ", self.line
+        ):
+            return ""  # another program of a runtime's image
         if self.name == "pull" or re.search(r"\bhf download\b|lowbit\.deploy\.job_entry", self.line):
             return ""
         if "lowbit.runtimes.transformers_server" in text or re.search(r"\btransformers serve\b", text):
