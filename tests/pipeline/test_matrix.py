@@ -169,7 +169,7 @@ def test_what_a_format_cannot_hold_is_refused_before_calibration(
     def no_calibration(*_: Any) -> Tensor:
         raise AssertionError("calibration text was read")
 
-    monkeypatch.setattr("lowbit.api.quantize.token_windows", no_calibration)
+    monkeypatch.setattr("lowbit.api.calibration.token_windows", no_calibration)
     with pytest.raises(FormatError) as refused:
         quantize(block, output=tmp_path / "out", recipe=recipe_of(name, fmt))
     assert fmt.partition("_")[0] in refused.value.message or "use" in refused.value.message
