@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 from lowbit.api.evaluate import evaluate
+from lowbit.api.fit import fit
 from lowbit.api.gguf_source import converted
 from lowbit.api.quantize import quantize
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
+from lowbit.recipe import Calibration
 
 
 def main() -> None:
@@ -38,10 +40,21 @@ def main() -> None:
     for kind in args.types:
         for refine in ("none", "imatrix", "hessian"):
             report(f"lowbit {kind} {refine}", *ours(args, kind, refine), args)
+        report(f"lowbit fit --like {kind}", *fitted(args, kind), args)
         for name, command, file in theirs(args, source, kind):
             started = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             report(name, file, time.monotonic() - started, args)
+
+
+def fitted(args: argparse.Namespace, kind: str) -> tuple[Path, float]:
+    """A file no larger than the file type's, every tensor of the type that `lowbit fit` chose."""
+    started = time.monotonic()
+    text = Calibration(dataset=str(args.text), num_samples=args.samples // 2, seq_len=args.seq_len)
+    recipe = fit(args.model, like=kind, calibration=text).recipe.updated(num_samples=args.samples)
+    output = args.out / f"lowbit-fit-{kind}.gguf"
+    quantize(args.model, output=output, recipe=recipe, settings=Settings(verify=False, restart=True))
+    return output, time.monotonic() - started
 
 
 def ours(args: argparse.Namespace, kind: str, refine: str) -> tuple[Path, float]:
