@@ -26,7 +26,7 @@ def variables(state: Path, **more: str) -> dict[str, str]:
 def run(state: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """A command that ends."""
     return subprocess.run(
-        [LOWBIT, *map(str, arguments)], capture_output=True, text=True, timeout=240, env=variables(state, **more)
+        [LOWBIT, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=variables(state, **more)
     )
 
 
