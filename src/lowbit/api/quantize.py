@@ -18,10 +18,12 @@ from lowbit import __version__
 from lowbit.api.calibration import calibration_windows, held_out_windows
 from lowbit.api.effort import with_effort
 from lowbit.api.run import Result, Settings
+from lowbit.api.work_directory import check_place, work_directory
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import OutputError
+from lowbit.core.distributed import World, joined, own_device, refuse_several_processes
+from lowbit.core.errors import RecipeError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
@@ -34,6 +36,8 @@ from lowbit.formats.reader import open_artifact
 from lowbit.methods import METHODS
 from lowbit.pipeline.estimate import Estimate, estimate
 from lowbit.pipeline.journal import Journal
+from lowbit.pipeline.learn import learning_layers
+from lowbit.pipeline.output import Output, WrittenOutput
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
 from lowbit.pipeline.self_sampling import remove_samples
@@ -60,10 +64,14 @@ def quantize(
     recipe: a whole recipe; else the preset or method `method`. effort: "fast", "balanced" or "best" (lowbit.api.effort),
     applied to it. changes: recipe fields by name (bits=4, group_size=64,
     dataset="pydoc", num_samples=64, ...). Raises LowbitError subclasses; nothing half-written is left at `output`.
+
+    Under torchrun every process calls this; they share the work, the leader writes and verifies, and only its result is
+    complete (the others' has neither checksums nor verification, and is given before the artifact is finished).
     """
     settings, progress = settings or Settings(), progress or Silent()
     recipe = with_effort((recipe or recipe_for(method)).updated(**changes), effort)
     if recipe.format == "gguf":
+        refuse_several_processes("GGUF files are made")
         from lowbit.api.gguf import quantize_gguf
 
         return quantize_gguf(model, output=Path(output), recipe=recipe, settings=settings, progress=progress)
@@ -101,7 +109,7 @@ class _Run:
     ) -> None:
         self.checkpoint, self.name, self.recipe = checkpoint, name, recipe
         self.settings, self.progress = settings, progress
-        self.device = pick_device(settings.device)
+        self.device = own_device(pick_device(settings.device))
         self.source = open_artifact(checkpoint)
         if self.device.type == "cuda":
             self.source = Prefetching(self.source)
@@ -113,30 +121,37 @@ class _Run:
                 f"its blocks were found at {self.model.architecture.blocks}"
             )
         self.plan = make_plan(recipe, self.model)
+        if recipe.tune.steps or learning_layers(self.plan.layers):
+            refuse_several_processes("rounding and scales are learned (--effort best, --tune, autoround)")
 
     def to(self, output: Path) -> Result:
         reset_peak_memory(self.device)
         started = time.monotonic()
-        work = _work_directory(output, self.settings.restart)
-        windows = self._calibration_windows(work)
-        digest = None if windows is None else windows_digest(windows)
-        with output_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
-        journal = Journal(work, self._inputs(digest))
-        writer = ShardedWriter(work, self.plan.layout)
-        self._write_companions(work)
-        report = run(
-            self.plan,
-            self.model,
-            windows if self.plan.needs_calibration else None,
-            writer,
-            journal,
-            self._streams(work),
-            self.progress,
-            sequential=self.recipe.sequential,
-        )
-        tuning = self._tune(windows, writer, work)
-        checksums = writer.finish()
+        work = work_directory(output)
+        with joined(self.device) as world:
+            world.from_leader(lambda: check_place(output, work, restart=self.settings.restart))
+            windows = world.from_leader(lambda: self._calibration_windows(work))
+            if windows is not None and len(windows) < world.size:
+                raise RecipeError(
+                    f"{len(windows)} calibration windows cannot be shared by {world.size} processes",
+                    hint="more --num-samples, or fewer GPUs",
+                )
+            digest = None if windows is None else windows_digest(windows)
+            result = self._output(work, digest, world)
+            report = run(
+                self.plan,
+                self.model,
+                windows if self.plan.needs_calibration else None,
+                result,
+                self._streams(work),
+                self.progress if world.leads else Silent(),
+                sequential=self.recipe.sequential,
+                world=world,
+            )
+        if not isinstance(result, WrittenOutput):
+            return self._follower(output, report, digest, time.monotonic() - started)
+        tuning = self._tune(windows, result.writer, work)
+        checksums = result.writer.finish()
         quantized, peak = time.monotonic(), peak_memory_mib(self.device)
         measurement = self._verify(work, report) if self.settings.verify else None
         record = self._record(report, checksums, digest, measurement) | ({"tuning": tuning} if tuning else {})
@@ -145,11 +160,27 @@ class _Run:
         write_json(work / "lowbit-run.json", cost)
         with output_errors(work):
             (work / "README.md").write_text(model_card(record))
-            journal.remove()
+            result.journal.remove()
             remove_tuning(work)
             remove_samples(work)
             os.rename(work, output)
         return Result(output, record, cost)
+
+    def _output(self, work: Path, digest: str | None, world: World) -> Output:
+        """The leader's files and journal; for the others what the journal says."""
+        result: Output | None = None
+        if world.leads:
+            with output_errors(work):
+                work.mkdir(parents=True, exist_ok=True)
+            journal = Journal(work, self._inputs(digest, world))
+            result = WrittenOutput(ShardedWriter(work, self.plan.layout), journal)
+            self._write_companions(work)
+        blocks = world.from_leader(lambda: {} if result is None else result.blocks)
+        return result or Output(work, blocks)
+
+    def _follower(self, output: Path, report: RunReport, digest: str | None, seconds: float) -> Result:
+        cost = self._cost(report, seconds, 0.0, peak_memory_mib(self.device))
+        return Result(output, self._record(report, {}, digest, None), cost)
 
     def _calibration_windows(self, work: Path) -> Tensor | None:
         if not self.plan.needs_calibration and not self.recipe.tune.steps:
@@ -163,8 +194,8 @@ class _Run:
         options = TuneOptions(wanted.steps, wanted.rate, wanted.batch, self.recipe.calibration.seed)
         return tune_artifact(self.plan, self.model, windows, writer, options, self._streams(work), self.progress)
 
-    def _inputs(self, digest: str | None) -> dict[str, Any]:
-        """Everything that decides the bytes of the artifact."""
+    def _inputs(self, digest: str | None, world: World) -> dict[str, Any]:
+        """Everything that decides the bytes of the artifact; shared sums are rounded in another order."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "checkpoint": self.checkpoint.identity(),
@@ -172,6 +203,7 @@ class _Run:
             "lowbit": __version__,
             "torch": torch.__version__,
             "compute": f"{self.device.type} {self.model.dtype}",
+            **({"processes": world.size} if world.size > 1 else {}),
         }
 
     def _streams(self, work: Path) -> Streams:
@@ -256,17 +288,6 @@ class _Run:
             "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-
-
-def _work_directory(output: Path, restart: bool) -> Path:
-    """Where the artifact grows, beside its final place. Raises OutputError when that is taken."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} exists already", hint="choose another -o, or remove it first")
-    work = output.absolute().with_name(f".{output.absolute().name}.unfinished")
-    if restart and work.exists():
-        with output_errors(work):
-            shutil.rmtree(work)
-    return work
 
 
 def read_record(artifact: Path) -> dict[str, Any] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit.commands.parse import parse_alpha, parse_bytes, parse_group_size, parse_options
-from lowbit.core.errors import RecipeError
+from lowbit.core.errors import LowbitError, RecipeError
 
 if TYPE_CHECKING:
     from lowbit.recipe import Recipe
@@ -86,6 +87,9 @@ def quantize(
     max_shard_size: Annotated[str | None, typer.Option(help="GGUF: split into files of at most this: 4GB.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe in YAML; flags above override it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the work among N GPUs (or torchrun -m lowbit quantize).")
+    ] = None,
     max_memory: Annotated[str | None, typer.Option(help="For calibration states before they go to disk: 2GiB.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back and measure the result.")] = False,
@@ -116,13 +120,17 @@ def quantize(
     lowbit quantize ./model --method gptq --group-size auto --dataset pydoc --format gptq -o model-gptq
 
     lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
+
+    lowbit quantize ./llama-70b --gpus 4 -o llama-70b-w4
     """
     from lowbit.api.effort import with_effort
     from lowbit.api.fallback import quantize_with_fallback
+    from lowbit.api.launch import check_gpus, launch, report_failure
     from lowbit.api.quantize import plan
     from lowbit.api.quantize import quantize as run
     from lowbit.api.run import Settings
     from lowbit.commands.progress import listener
+    from lowbit.core.distributed import leads, started_by_torchrun
 
     options = parse_options(option or [])
     if act_order or desc_act:
@@ -176,9 +184,24 @@ def quantize(
         typer.echo(
             "warning: vLLM refuses desc_act checkpoints since 0.32; --act-order static loads everywhere", err=True
         )
-    with listener(quiet=quiet or as_json) as progress:
+    if fallback and ((gpus or 1) > 1 or started_by_torchrun()):
+        raise RecipeError("--fallback works with one process", hint="leave --gpus or --fallback out")
+    if gpus is not None and not started_by_torchrun():
+        check_gpus(gpus, device)
+        if gpus > 1:
+            launch(gpus, sys.argv[1:])
+            return
+    with listener(quiet=quiet or as_json or not leads()) as progress:
         quantized = quantize_with_fallback if fallback else run
-        result = quantized(model, output=output, recipe=chosen, settings=settings, progress=progress)
+        try:
+            result = quantized(model, output=output, recipe=chosen, settings=settings, progress=progress)
+        except LowbitError as error:
+            if gpus is None or not started_by_torchrun():
+                raise
+            report_failure(error)
+            raise typer.Exit(error.exit_code) from error
+    if not leads():
+        return
     if as_json:
         print(json.dumps({"path": str(result.path), **result.record, "run": result.run}, indent=2))
     else:

@@ -135,7 +135,8 @@ class Method:
     quantize(weight [out, in] float32, statistics or None, scheme, options, scale_dtype) -> Quantized.
     options: a frozen dataclass with defaults. needs(options) says which statistics `quantize` is to be given.
     reordered(options) says whether columns will move between groups (`desc_act`), which formats must be able to store.
-    kinds, granularities: of the weight schemes that it can choose numbers for. learns: whether blocks are trained
+    kinds, granularities: of the weight schemes that it can choose numbers for. by_row: whether rows are chosen without a
+    look at other rows, and cost enough to be shared out among processes. learns: whether blocks are trained
     afterwards, with the fields steps, batch, reach, scale_reach and seed of its options.
     """
 
@@ -147,3 +148,4 @@ class Method:
     kinds: tuple[str, ...] = ("int",)
     granularities: tuple[str, ...] = ("group", "channel")
     learns: bool = False
+    by_row: bool = False

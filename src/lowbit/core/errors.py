@@ -10,6 +10,7 @@
     ├── VerificationError   the artifact was read back and is not good enough
     ├── EvaluationError     a task's data, or an endpoint that is asked, is missing, broken or cannot give what is needed
     ├── SideEnvironmentError a side environment is missing, broken or could not be made
+    ├── DistributedError    one of several processes that work on one model is gone
     ├── ServeError          a runtime is missing, cannot serve the artifact, or ended
     └── OutputError         the output cannot be written: no space, no permission, already there
 
@@ -71,6 +72,10 @@ class EvaluationError(LowbitError):
 
 class SideEnvironmentError(LowbitError):
     """A side environment is missing, broken or could not be made."""
+
+
+class DistributedError(LowbitError):
+    """One of several processes that work on one model ended or cannot be reached."""
 
 
 class ServeError(LowbitError):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lowbit.core.distributed import ALONE, World
+
 # tokens converted to float32 at a time on a CPU: a 7B's down projection takes 43 KiB for each
 _WIDENED = 1024
 
@@ -20,12 +22,20 @@ class InputStatistics:
     largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs.
     tokens: number of tokens summed.
     sample: [tokens / sample_every, in], every so manieth token's input as it is; None without `sample_every`.
+    before: tokens that other processes see before this one's, so that all together sample the same ones.
     """
 
     def __init__(
-        self, features: int, device: torch.device, *, gram: bool = True, cross: bool = False, sample_every: int = 0
+        self,
+        features: int,
+        device: torch.device,
+        *,
+        gram: bool = True,
+        cross: bool = False,
+        sample_every: int = 0,
+        before: int = 0,
     ) -> None:
-        self.features = features
+        self.features, self.before = features, before
         self.sample_every = sample_every
         self.sample: Tensor | None = None
         self._samples: list[Tensor] = []
@@ -39,7 +49,7 @@ class InputStatistics:
         """Add inputs [..., in], 16 or 32 bit; `original` [..., in] are the same tokens' inputs in the original model."""
         x = inputs.reshape(-1, self.features)
         if self.sample_every:
-            self._samples.append(x[-self.tokens % self.sample_every :: self.sample_every].clone())
+            self._samples.append(x[-(self.before + self.tokens) % self.sample_every :: self.sample_every].clone())
         self.tokens += x.shape[0]
         magnitude = x.abs()
         self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
@@ -49,13 +59,17 @@ class InputStatistics:
         if self.cross is not None and original is not None:
             accumulate_product_(self.cross, original.reshape(-1, self.features).to(x.dtype) - x, x)
 
-    def finish(self) -> None:
-        """Turn the matrices from sums into means over tokens, in place: at a 7B's down projection each is half a GiB."""
+    def finish(self, world: World = ALONE) -> None:
+        """Join the sums of all processes, and turn the matrices into means over tokens, in place: at a 7B's down
+        projection each is half a GiB."""
+        self.tokens = world.total(self.tokens)
+        world.max_(self.largest)
+        world.sum_(self.absolute)
         for matrix in (self.gram, self.cross):
             if matrix is not None:
-                matrix.div_(max(self.tokens, 1))
+                world.sum_(matrix).div_(max(self.tokens, 1))
         if self._samples:
-            self.sample = torch.cat(self._samples)
+            self.sample = world.concatenate(torch.cat(self._samples))
             self._samples.clear()
 
     def take_cross(self) -> Tensor | None:

@@ -199,14 +199,18 @@ def _target(weight: Tensor, hessian: Tensor, statistics: InputStatistics, option
     cross = statistics.take_cross() if options.asymmetric else None
     if cross is None:
         return damp, weight
-    correction = weight @ cross
+    # the same product in the order that costs less: with few rows the cross matrix is best used up first
+    wide = weight.shape[0] < weight.shape[1]
+    right = weight @ cross if wide else cross
     del cross
     for retry in range(_DAMP_RETRIES):
         factor = hessian.clone()
         if _cholesky_(factor, damp * 10**retry):
-            # two triangular solves in place: X L L^T = W (X0 - X) X^T
-            torch.linalg.solve_triangular(factor.mT, correction, upper=True, left=False, out=correction)
-            torch.linalg.solve_triangular(factor, correction, upper=False, left=False, out=correction)
+            # two triangular solves in place: X L L^T = (X0 - X) X^T
+            torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
+            torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
+            del factor
+            correction = right if wide else weight @ right
             return damp * 10**retry, correction.mul_(options.asymmetric).add_(weight)
     raise _hopeless()
 
@@ -217,4 +221,5 @@ METHOD = Method(
     quantize,
     needs=lambda options: Needs(gram=True, original=options.asymmetric > 0),
     reordered=lambda options: options.act_order == "desc",
+    by_row=True,
 )

@@ -9,6 +9,9 @@ from torch import Tensor
 from lowbit.core.primitives import Grid, stored_scale
 from lowbit.methods.columns import descend
 
+# blocks of columns whose gradients are computed together
+_WIDE = 8
+
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
     """[out]: (w - q) H (w - q)^T of every row, the mean squared output error of each output channel."""
@@ -21,26 +24,44 @@ def fit_scales(
 ) -> Tensor:
     """Scales [out, groups] that minimize the output error for fixed codes; rows that would not gain keep theirs.
 
-    A row's quantized weights are linear in its scales, q = A s with A [in, groups] holding code - zero, so the minimum
-    solves (A^T H A) s = A^T H w: one small symmetric system a row.
+    A row's quantized weights are linear in its scales, q = A s with A [in, groups] holding code - zero. From the present
+    scales the best step solves (A^T H A) d = A^T H (w - A s): one small symmetric system a row.
     """
-    offsets = codes - grid.zero[:, groups]
     count = grid.scale.shape[1]
-    member = torch.nn.functional.one_hot(groups, count).to(weight.dtype)  # [in, groups]
-    right = (offsets * (weight @ hessian)) @ member
-    system = torch.empty(weight.shape[0], count, count, device=weight.device)
-    for group in range(count):
-        columns = (groups == group).nonzero().squeeze(1)
-        system[:, group] = ((offsets[:, columns] @ hessian[columns]) * offsets) @ member
+    offsets = codes - grid.zero[:, groups]
+    slope = (weight - offsets * grid.scale[:, groups]) @ hessian
+    by_group = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[by_group], groups):  # groups that moved with their columns: put them side by side
+        offsets, slope, hessian = offsets[:, by_group], slope[:, by_group], hessian[by_group[:, None], by_group]
+    right = _sum_groups(offsets * slope, count)
+    system = _scale_system(offsets, hessian, count)
+    # a little resistance, so that the scale of a group of zero codes stays
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    # the ridge pulls towards the present scales, so a group of zero codes keeps its scale
-    solution, failed = torch.linalg.solve_ex(system, right + ridge[:, None] * grid.scale)
-    fitted = stored_scale(solution, scale_dtype)
-    before = output_error(weight, offsets * grid.scale[:, groups], hessian)
-    after = output_error(weight, offsets * fitted[:, groups], hessian)
-    gains = (after < before) & (failed == 0)
+    damped = system + torch.diag_embed(ridge[:, None].expand(-1, count))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    step = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    fitted = stored_scale(grid.scale + step.nan_to_num_(), scale_dtype)
+    step = fitted - grid.scale
+    change = (step * (torch.bmm(system, step[..., None])[..., 0] - 2 * right)).sum(1)
+    gains = (change < 0) & (failed == 0)
     return torch.where(gains[:, None], fitted, grid.scale)
+
+
+def _scale_system(offsets: Tensor, hessian: Tensor, count: int) -> Tensor:
+    """[out, groups, groups]: A^T H A of every row, for groups of consecutive columns."""
+    size = offsets.shape[1] // count
+    system = torch.empty(len(offsets), count, count, device=offsets.device)
+    for group in range(count):
+        start = group * size
+        products = offsets[:, start : start + size] @ hessian[start : start + size, start:]
+        system[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
+        system[:, group:, group] = system[:, group, group:]
+    return system
+
+
+def _sum_groups(values: Tensor, count: int) -> Tensor:
+    """[out, in] -> [out, groups]."""
+    return values.view(len(values), count, -1).sum(2)
 
 
 def descend_codes(
@@ -48,16 +69,22 @@ def descend_codes(
 ) -> Tensor:
     """One sweep of coordinate descent: each column's codes move to the best value given all others; never worse.
 
-    codes: [out, in] float32 whole numbers; returns new ones. Blocks of columns share one product with the Hessian.
+    codes: [out, in] float32 whole numbers; returns new ones. Blocks of columns share one product with the Hessian; what a
+    block changes reaches the gradient of the others beside it in a product of its own, so that the large one is wide.
     """
     codes = codes.clone()
     residual = weight - (codes - grid.zero[:, groups]) * grid.scale[:, groups]
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        members = groups[start:stop]
-        scale, zero = grid.scale[:, members], grid.zero[:, members]
-        gradient = residual @ hessian[:, start:stop]
-        own = codes[:, start:stop]
-        own.copy_(descend(gradient, hessian[start:stop, start:stop], scale, zero, own, max_code))
-        residual[:, start:stop] = weight[:, start:stop] - (own - zero) * scale
+    for first in range(0, weight.shape[1], block * _WIDE):
+        last = min(first + block * _WIDE, weight.shape[1])
+        gradients = residual @ hessian[:, first:last]
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            members = groups[start:stop]
+            scale, zero, own = grid.scale[:, members], grid.zero[:, members], codes[:, start:stop]
+            gradient = gradients[:, start - first : stop - first]
+            own.copy_(descend(gradient, hessian[start:stop, start:stop], scale, zero, own, max_code))
+            after = weight[:, start:stop] - (own - zero) * scale
+            moved = after - residual[:, start:stop]
+            residual[:, start:stop] = after
+            gradients[:, stop - first :].addmm_(moved, hessian[start:stop, stop:last])
     return codes

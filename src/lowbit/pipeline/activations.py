@@ -14,6 +14,7 @@ class Activations:
     """[windows, tokens, hidden], read and written a batch of windows at a time.
 
     place: device that holds them. spill: a directory; when given they lie in an unlinked file there instead of memory.
+    first, total: which of all the run's windows these are, when several processes share them.
     """
 
     def __init__(
@@ -23,8 +24,12 @@ class Activations:
         place: torch.device,
         batch: int,
         spill: Path | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
     ) -> None:
         self.batch = batch
+        self.first, self.total = first, shape[0] if total is None else total
         self.spilled = spill is not None
         if spill is None:
             self.states = torch.empty(shape, dtype=dtype, device=place)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Needs, Quantized
+from lowbit.core.distributed import World
 from lowbit.core.qtensor import QTensor
 from lowbit.core.statistics import InputStatistics
 from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
-from lowbit.pipeline.plan import needs_input_scale
+from lowbit.pipeline.plan import LayerPlan, needs_input_scale
 from lowbit.pipeline.transform import transform_block
 from lowbit.pipeline.watch import watch
 
@@ -69,36 +71,66 @@ def _quantize_stack(
     """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
     plan = job.layers[f"{job.path}.{names[0]}"]
     stacked = job.matrix(names[0]) if len(names) == 1 else torch.cat([job.matrix(name) for name in names])
-    dtype = job.scale_dtype(plan)
-    quantized: Quantized = plan.method.quantize(stacked, statistics, plan.scheme.weights, plan.options, dtype)
+    quantized = _by_all(job, plan, stacked, statistics)
     if statistics is not None and needs_input_scale(plan.scheme):
-        quantized = with_input_scale(quantized, statistics, plan.scheme, dtype)
+        quantized = with_input_scale(quantized, statistics, plan.scheme, job.scale_dtype(plan))
+    powers = torch.zeros(len(stacked), 2, device=stacked.device)
+    parts = dict(
+        zip(names, torch.split(powers, [job.layers[f"{job.path}.{name}"].shape[0] for name in names]), strict=True)
+    )
     start = 0
-    for name in names:
-        path = f"{job.path}.{name}"
-        stop = start + job.layers[path].shape[0]
-        weight, tensor = stacked[start:stop], rows_of(quantized.tensor, start, stop)
-        start = stop
+    for name, part in parts.items():
+        path, stop = f"{job.path}.{name}", start + len(part)
+        tensor = rows_of(quantized.tensor, start, stop)
         dense = tensor.dequantize(torch.float32)
+        _measure_(part, stacked[start:stop], dense, statistics, job.world)
         result.tensors[path] = tensor
-        result.errors[path] = relative_error(weight, dense, statistics)
         if quantized.notes:
             result.notes[path] = list(quantized.notes)
         place_weight(job.model, job.module, name, dense)
+        start = stop
+    job.world.sum_(powers)
+    sums = torch.stack([part.sum(0) for part in parts.values()])
+    errors = (sums[:, 0] / sums[:, 1].clamp_min(1e-30)).tolist()
+    result.errors.update({f"{job.path}.{name}": error for name, error in zip(names, errors, strict=True)})
 
 
-def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
-    """Share of the layer's output power that rounding changed: |(W - Q) X|^2 / |W X|^2; without statistics, of the weights."""
+def _by_all(job: BlockJob, plan: LayerPlan, stacked: Tensor, statistics: InputStatistics | None) -> Quantized:
+    """The method's numbers; every process chooses its share of the rows where rows do not depend on each other, and all
+    rows where they do, from the same statistics."""
+    scheme, dtype = plan.scheme.weights, job.scale_dtype(plan)
+    if not plan.method.by_row or job.world.size > len(stacked):
+        alone: Quantized = plan.method.quantize(stacked, statistics, scheme, plan.options, dtype)
+        return alone
+    own = stacked[job.world.share(len(stacked))]
+    part: Quantized = plan.method.quantize(own, statistics, scheme, plan.options, dtype)
+    if job.world.size == 1:
+        return part
+    tensor = part.tensor
+    whole = replace(
+        tensor,
+        codes=job.world.concatenate(tensor.codes),
+        scale=job.world.concatenate(tensor.scale),
+        zero=None if tensor.zero is None else job.world.concatenate(tensor.zero),
+    )
+    return Quantized(whole, part.notes)
+
+
+def _measure_(
+    powers: Tensor, weight: Tensor, quantized: Tensor, statistics: InputStatistics | None, world: World
+) -> None:
+    """Fill in powers [out, 2]: of what rounding changed in each output, (w - q) X, and of the output, w X; without
+    statistics, of the weights. Every process measures its share of the rows."""
     gram = None if statistics is None else statistics.gram
+    share = world.share(len(weight))
+    for start in range(share.start, share.stop, _ROWS):
+        rows = slice(start, min(start + _ROWS, share.stop))
+        powers[rows, 0] = _power(weight[rows] - quantized[rows], gram)
+        powers[rows, 1] = _power(weight[rows], gram)
 
-    def power(rows: Tensor) -> Tensor:
-        return rows.square().sum() if gram is None else ((rows @ gram) * rows).sum()
 
-    changed = total = torch.zeros((), device=weight.device)
-    for original, rounded in zip(torch.split(weight, _ROWS), torch.split(quantized, _ROWS), strict=True):
-        changed = changed + power(original - rounded)
-        total = total + power(original)
-    return (changed / total.clamp_min(1e-30)).item()
+def _power(rows: Tensor, gram: Tensor | None) -> Tensor:
+    return rows.square().sum(1) if gram is None else ((rows @ gram) * rows).sum(1)
 
 
 def rows_of(tensor: QTensor, start: int, stop: int) -> QTensor:

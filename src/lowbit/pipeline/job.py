@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowbit.core.distributed import ALONE, World
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.activations import Activations
@@ -35,6 +36,7 @@ class BlockJob:
 
     weights: by name within the block; transforms replace them. arriving: hidden states that come out of the quantized
     prefix; None without calibration. original: those of the unquantized model, when a method compares.
+    world: the processes that share the windows and the rows.
     """
 
     model: StreamedModel
@@ -46,6 +48,7 @@ class BlockJob:
     original: Activations | None
     scale_dtype: ScaleDtype
     transforms: Sequence[TransformPlan] = ()
+    world: World = ALONE
 
     @property
     def path(self) -> str:

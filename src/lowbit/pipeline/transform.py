@@ -42,7 +42,8 @@ def transform_block(job: BlockJob, note: Callable[[str], None]) -> dict[str, Inp
             own = statistics[_group_of(job, targets[0])]
             problem = _problem(job, weights, place, targets, own, exact=planned.transform.exact(planned.options))
             dtype = before[f"{place.source}.weight"].dtype
-            scales = representable(weights, place, planned.transform.search(problem, planned.options), dtype)
+            found = job.world.same_(planned.transform.search(problem, planned.options).contiguous())
+            scales = representable(weights, place, found, dtype)
             apply(weights, place, scales)
             scale_statistics_(own, place.to_columns(scales))
     job.weights = {name: _as_stored(job, name, tensor, before[name]) for name, tensor in weights.items()}
@@ -140,9 +141,10 @@ def _module_price(
             for name, part in zip(targets, rounded, strict=True)
         }
         outputs = _outputs(job, parent, replaced)
-        return sum(
-            ((output - right).float()).square().mean().item() for output, right in zip(outputs, wanted, strict=True)
-        )
+        total = torch.zeros((), dtype=torch.float64, device=job.model.device)
+        for output, right in zip(outputs, wanted, strict=True):
+            total += (output - right).float().square().mean()
+        return job.world.sum_(total).item()
 
     return price
 
@@ -152,8 +154,10 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
 
 
 def _outputs(job: BlockJob, name: str, replaced: Mapping[str, Tensor]) -> list[Tensor]:
-    """Outputs of a module of the block on the first batches of calibration states, with some weights replaced."""
+    """Outputs of a module of the block on the first batches of calibration states, as far as this process holds them,
+    with some weights replaced."""
     assert job.arriving is not None
+    priced = max(0, _PRICED_BATCHES - -(-job.arriving.first // job.arriving.batch))
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
@@ -162,7 +166,7 @@ def _outputs(job: BlockJob, name: str, replaced: Mapping[str, Tensor]) -> list[T
 
     handle = job.module.get_submodule(name).register_forward_hook(hook)
     try:
-        for _, where in zip(range(_PRICED_BATCHES), job.arriving.batches(), strict=False):
+        for _, where in zip(range(priced), job.arriving.batches(), strict=False):
             with suppress(_Reached):
                 job.model.run_block(job.index, job.module, job.arriving.get(where, job.model.device), replaced)
     finally:

@@ -20,7 +20,8 @@ def watch(job: BlockJob, needs: Mapping[str, Needs]) -> dict[str, InputStatistic
     watched = list(needs)
     if not watched or job.arriving is None:
         return {}
-    every = max(1, job.arriving.states[..., 0].numel() // _SAMPLED_TOKENS)
+    length = job.arriving.states.shape[1]
+    every = max(1, job.arriving.total * length // _SAMPLED_TOKENS)
     statistics = {
         name: InputStatistics(
             job.matrix(name).shape[1],
@@ -28,6 +29,7 @@ def watch(job: BlockJob, needs: Mapping[str, Needs]) -> dict[str, InputStatistic
             gram=need.gram,
             cross=need.original,
             sample_every=every if need.sample else 0,
+            before=job.arriving.first * length,
         )
         for name, need in needs.items()
     }
@@ -42,7 +44,7 @@ def watch(job: BlockJob, needs: Mapping[str, Needs]) -> dict[str, InputStatistic
         for name in watched:
             statistics[name].add(inputs[name], originals.get(name))
     for one in statistics.values():
-        one.finish()
+        one.finish(job.world)
     return statistics
 
 

@@ -1,0 +1,183 @@
+"""Several processes that quantize one model together: who this one is, and what they tell each other.
+
+Started by torchrun (or `lowbit quantize --gpus`), each process has a device of its own, sees its share of the calibration
+windows and chooses its share of the rows; sums and results are exchanged, so that every process knows the same numbers.
+One process alone is a World of size 1, and everything below is then free.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit.core.errors import DistributedError, RecipeError
+
+T = TypeVar("T")
+# a process that waits longer than this for another takes it for dead; the leader samples text and opens files meanwhile
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among `size`, numbered from 0; the leader is 0, and alone writes files and talks. Here: the only one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` things in a row; the parts differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes: bit for bit the same in each."""
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its largest values over all processes."""
+        return tensor
+
+    def total(self, count: int) -> int:
+        """The sum of every process's count."""
+        return count
+
+    def concatenate(self, part: Tensor) -> Tensor:
+        """The parts of all processes one after another, along the first dimension; lengths may differ."""
+        return part
+
+    def from_leader(self, compute: Callable[[], T]) -> T:
+        """What the leader computes, given to all. Its LowbitErrors end the leader, and with it the others."""
+        return compute()
+
+    def same_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by the leader's."""
+        return tensor
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class _Ranks(World):
+    """Processes joined by torch.distributed: NCCL between GPUs, gloo between CPUs."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with _lost_processes():
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        with _lost_processes():
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    def total(self, count: int) -> int:
+        return int(self.sum_(torch.tensor(count, device=self._device)))
+
+    def concatenate(self, part: Tensor) -> Tensor:
+        rows = torch.tensor([len(part)], device=part.device)
+        counts = [torch.empty_like(rows) for _ in range(self.size)]
+        with _lost_processes():
+            torch.distributed.all_gather(counts, rows)
+        lengths = [int(count) for count in counts]
+        # as bytes, since not every dtype can be sent; padded, since not every backend takes different lengths
+        flat = part.reshape(len(part), math.prod(part.shape[1:])).contiguous().view(torch.uint8)
+        padded = torch.nn.functional.pad(flat, (0, 0, 0, max(lengths) - len(part)))
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with _lost_processes():
+            torch.distributed.all_gather(parts, padded)
+        whole = torch.cat([one[:length] for one, length in zip(parts, lengths, strict=True)])
+        return whole.view(part.dtype).view(sum(lengths), *part.shape[1:])
+
+    @property
+    def _device(self) -> torch.device:
+        nccl = torch.distributed.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def from_leader(self, compute: Callable[[], T]) -> T:
+        value = [compute() if self.leads else None]
+        with _lost_processes():
+            torch.distributed.broadcast_object_list(value, src=0)
+        return value[0]  # type: ignore[return-value]  # the leader's
+
+    def same_(self, tensor: Tensor) -> Tensor:
+        with _lost_processes():
+            torch.distributed.broadcast(tensor, src=0)
+        return tensor
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun (or lowbit itself) started."""
+    return torch.distributed.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this process may print and write: it is alone, or the first of those that torchrun started."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
+def refuse_several_processes(what: str) -> None:
+    """Raises RecipeError when torchrun started several processes, for work that only one can do."""
+    if started_by_torchrun():
+        raise RecipeError(f"{what} by one process only", hint="run it without --gpus and without torchrun")
+
+
+def own_device(device: torch.device) -> torch.device:
+    """`cuda` without a number: the GPU that torchrun's numbering gives this process. Raises RecipeError when there are
+    fewer GPUs than processes on this machine."""
+    if device.type != "cuda" or not started_by_torchrun():
+        return device
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise RecipeError(
+            f"process {local + 1} on this machine has no GPU of its own: there are {torch.cuda.device_count()}",
+            hint="start one process a GPU (--gpus, --nproc-per-node), or use --device cpu",
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world of this process, for as long as it takes part in it. All leave together.
+
+    Raises DistributedError when the other processes cannot be reached.
+    """
+    if not started_by_torchrun():
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # processes of one machine share its cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _lost_processes():
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    # after an error the process ends: leaving in good order would wait for others that are waiting for this one
+    yield _Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    with _lost_processes():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DistributedError(
+            f"another process of this run ended or cannot be reached ({reason}): nothing that was finished is lost",
+            hint="run the same command again to continue where it stopped",
+        ) from error
