@@ -1,7 +1,8 @@
 """Effort levels: one word for how much time accuracy is worth, resolved into plain fields of the recipe.
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
-is sampled from the model itself, blocks are trained (autoround), and a last pass trains scales and norms end to end.
+is sampled from the model itself, blocks are trained (autoround), and a last pass trains scales and norms end to end; a
+GGUF file keeps its second-order codes and gets the text and the last pass.
 docs/accuracy.md has the time and divergence of each.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowbit.api.gguf_options import NO_TEXT
 from lowbit.core.errors import RecipeError
+from lowbit.core.ggml_types import file_type, ggml_type
 from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
@@ -27,16 +30,28 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
         return recipe
     if effort == "fast":
         return recipe.updated(options={"asymmetric": 0, "refine": 0}) if recipe.method == "gptq" else recipe
-    if recipe.method not in _LEARNABLE or recipe.format == "gguf":
+    if recipe.format == "gguf" and ggml_type(file_type(recipe.method).default_type).quantized:
+        return _best_gguf(recipe)
+    if recipe.method not in _LEARNABLE:
         raise RecipeError(
             f"--effort best trains codes and scales, and method {recipe.method!r} in format {recipe.format!r} has none "
             "that it could",
-            hint=f"--method {' or '.join(_LEARNABLE)}",
+            hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
         )
     options = recipe.options if recipe.method != "rtn" else {}
     return Recipe.parse({
         **recipe.model_dump(), "method": "autoround", "options": {**options, "refine": 0}, "tune": {"steps": _TUNE_STEPS},
         "calibration": _with_self(recipe.calibration).model_dump(),
+    })  # fmt: skip
+
+
+def _best_gguf(recipe: Recipe) -> Recipe:
+    text = recipe.calibration
+    if text.dataset == NO_TEXT:
+        text = text.model_copy(update={"dataset": Calibration().dataset})
+    return Recipe.parse({
+        **recipe.model_dump(), "options": {**recipe.options, "refine": "hessian"}, "tune": {"steps": _TUNE_STEPS},
+        "calibration": _with_self(text).model_dump(),
     })  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -23,7 +22,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CheckpointError, OutputError, RecipeError
+from lowbit.core.errors import OutputError, RecipeError
 from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
@@ -40,9 +39,11 @@ from lowbit.pipeline.gguf_encode import GgufJob, encode_tensors
 from lowbit.pipeline.gguf_names import LinearTensor, linear_tensors
 from lowbit.pipeline.gguf_second_order import SecondOrderRun
 from lowbit.pipeline.gguf_statistics import importance_matrix
+from lowbit.pipeline.gguf_tuned import tune_gguf
 from lowbit.pipeline.gguf_writer import GgufWriter
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.run import Streams
+from lowbit.pipeline.tune import TuneOptions
 from lowbit.pipeline.writer import output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe
 
@@ -65,8 +66,10 @@ class _GgufRun:
         self.name, self.output, self.recipe = str(model), output, recipe
         self.settings, self.progress = settings, progress
         self.options: GgufOptions = gguf_options(recipe)
-        if recipe.tune.steps:
-            raise RecipeError("the last pass over scales does not write GGUF yet", hint="--tune 0; or another --format")
+        if recipe.tune.steps and self.options.refine != "hessian":
+            raise RecipeError(
+                "the last pass over scales follows second-order rounding", hint="--refine hessian, or --tune 0"
+            )
         self.device = pick_device(settings.device)
         self.from_gguf = Path(model).suffix == ".gguf"
         # a GGUF input that is only to be encoded need not be of a family that transformers knows
@@ -100,10 +103,13 @@ class _GgufRun:
         writer = GgufWriter(work, files)
         job = GgufJob(source, types, writer, journal, self.device, self.progress)
         resumed = self._encode(job, matrix, model, linears, windows, work)
+        tuning = self._tune(job, model, linears, windows, work)
         checksums = writer.finish()
         quantized = time.monotonic()
         measurement = self._verify(work / files[0].name, job) if self.settings.verify else None
         record = gguf_record(self.recipe, self.name, self._identity(source), job, checksums, digest, measurement)
+        if tuning is not None:
+            record["tuning"] = tuning
         record["versions"] = {"torch": torch.__version__, "compute": self._compute()}
         cost = {
             "seconds": round(quantized - started, 2),
@@ -166,6 +172,21 @@ class _GgufRun:
         return SecondOrderRun(
             job, model, rounded, self._streams(work), options, head if rounds_head else None
         ).quantize(windows)
+
+    def _tune(
+        self,
+        job: GgufJob,
+        model: StreamedModel | None,
+        linears: Mapping[str, LinearTensor],
+        windows: Tensor | None,
+        work: Path,
+    ) -> dict[str, Any] | None:
+        wanted = self.recipe.tune
+        if not wanted.steps or model is None or windows is None:
+            return None
+        rounded = {path: linear for path, linear in linears.items() if job.types[linear.tensor] in CODECS}
+        options = TuneOptions(wanted.steps, wanted.rate, wanted.batch, self.recipe.calibration.seed)
+        return tune_gguf(job, model, rounded, windows, options, self._streams(work), self.progress)
 
     def _types(self, source: GgufSource) -> dict[str, str]:
         tensors = [TensorInfo(name, tensor.shape, tensor.ggml_type) for name, tensor in source.tensors.items()]
@@ -262,29 +283,3 @@ class _GgufRun:
                 os.replace(work / name, place / name)
             drop_converted(work)
             shutil.rmtree(work)
-
-
-def read_gguf_record(file: Path) -> dict[str, Any] | None:
-    """The record beside a GGUF file (of a split one, of any of its parts), or None."""
-    stem = file.name.removesuffix(".gguf")
-    names = [f"{stem}.lowbit.json"]
-    if "-of-" in stem:
-        names.append(f"{stem.rsplit('-', 3)[0]}.lowbit.json")
-    for name in names:
-        record = file.with_name(name)
-        if record.is_file():
-            content: dict[str, Any] = json.loads(record.read_text())
-            return content
-    return None
-
-
-def changed_files(file: Path, record: Mapping[str, Any] | None) -> list[str]:
-    """Names of a model's files that are missing or differ from their recorded checksum. Raises CheckpointError without a
-    record."""
-    if record is None:
-        raise CheckpointError(f"{file.name} has no record beside it, so there are no checksums to compare")
-    return [
-        name
-        for name, digest in record["checksums"].items()
-        if not file.with_name(name).is_file() or sha256_of(file.with_name(name)) != digest
-    ]

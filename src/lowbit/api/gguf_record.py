@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,13 @@ import yaml
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.core.errors import CheckpointError
 from lowbit.core.ggml_types import GGML_TYPES, file_type
 from lowbit.evals.divergence import Measurement
 from lowbit.formats.gguf import PlannedTensor, number_pair, text_pair
 from lowbit.formats.gguf_imatrix import ImportanceMatrix
 from lowbit.pipeline.gguf_encode import GgufJob
-from lowbit.pipeline.writer import output_errors
+from lowbit.pipeline.writer import output_errors, sha256_of
 from lowbit.recipe import Recipe
 
 
@@ -162,4 +164,30 @@ def _measured(measured: Mapping[str, Any] | None) -> list[str]:
         f"(base {measured['base_perplexity']:.3f}) |",
         f"| KL divergence from the base | {measured['kl']:.5f} ± {measured['kl_error']:.5f} nats |",
         f"| measured on | {measured['windows']} held-out windows of {measured['context']} tokens |",
+    ]
+
+
+def read_gguf_record(file: Path) -> dict[str, Any] | None:
+    """The record beside a GGUF file (of a split one, of any of its parts), or None."""
+    stem = file.name.removesuffix(".gguf")
+    names = [f"{stem}.lowbit.json"]
+    if "-of-" in stem:
+        names.append(f"{stem.rsplit('-', 3)[0]}.lowbit.json")
+    for name in names:
+        record = file.with_name(name)
+        if record.is_file():
+            content: dict[str, Any] = json.loads(record.read_text())
+            return content
+    return None
+
+
+def changed_files(file: Path, record: Mapping[str, Any] | None) -> list[str]:
+    """Names of a model's files that are missing or differ from their recorded checksum. Raises CheckpointError without a
+    record."""
+    if record is None:
+        raise CheckpointError(f"{file.name} has no record beside it, so there are no checksums to compare")
+    return [
+        name
+        for name, digest in record["checksums"].items()
+        if not file.with_name(name).is_file() or sha256_of(file.with_name(name)) != digest
     ]

@@ -17,7 +17,7 @@ def inspect_gguf(file: Path, *, layers: bool, check: bool, as_json: bool) -> Non
 
     Raises CheckpointError for a damaged file, and with `check` for one that differs from its recorded checksum.
     """
-    from lowbit.api.gguf import changed_files, read_gguf_record
+    from lowbit.api.gguf_record import changed_files, read_gguf_record
     from lowbit.core.checkpoint.gguf_source import GgufSource
 
     source = GgufSource(file)

@@ -1,4 +1,4 @@
-"""What the last pass trains: a factor for every scale and every norm weight, as one vector with its Adam moments."""
+"""What the last pass trains: a factor for every scale, minimum and norm weight, as one vector with its Adam moments."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ _FIRST, _SECOND, _TINY = 0.9, 0.95, 1e-8
 
 
 class Factors:
-    """values: float32, one for each scale [out, groups] and each weight of a norm, by block and parameter name.
+    """values: float32, one for each scale [out, groups] and each weight of a norm, by block and parameter name; of a layer
+    with minimums one for each scale and one for what multiplies the minimums, [2, out, groups].
 
     A scale becomes scale * (1 + value); a norm weight w becomes w + value * max(|w|, mean |w|), which also moves weights
     that are kept near zero (norms that multiply by 1 + w). file: where the training state is saved.
     """
 
     def __init__(
-        self, artifact: StreamedModel, columns: Mapping[str, Tensor], file: Path, device: torch.device
+        self,
+        artifact: StreamedModel,
+        columns: Mapping[str, Tensor],
+        file: Path,
+        device: torch.device,
+        minimums: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """columns: layer path -> [in] int64, the group of each input column.
+        """columns: layer path -> [in] int64, the group of each input column. minimums: layer path -> [out, sub-blocks], what
+        is taken off a weight beside its scale times its level; every group is a whole number of sub-blocks.
 
         Continues from `file` when it is there.
         """
         self.file = file
         self.columns = {path: groups.to(device) for path, groups in columns.items()}
+        self.minimums = {path: minimum.to(device) for path, minimum in (minimums or {}).items()}
         self._places: list[dict[str, tuple[int, tuple[int, ...]]]] = []
         self._paths = [artifact.block_path(index) for index in range(len(artifact.blocks))]
         total = 0
@@ -39,9 +47,11 @@ class Factors:
             own: dict[str, tuple[int, tuple[int, ...]]] = {}
             for name, parameter in block.named_parameters():
                 shape: tuple[int, ...]
-                groups = self.columns.get(f"{path}.{name.removesuffix('.weight')}")
+                module = f"{path}.{name.removesuffix('.weight')}"
+                groups = self.columns.get(module)
                 if groups is not None:
                     shape = (parameter.shape[artifact.architecture.transposed], int(groups.max()) + 1)
+                    shape = (2, *shape) if module in self.minimums else shape
                 elif parameter.dim() == 1 and name.endswith(".weight"):
                     shape = tuple(parameter.shape)
                 else:
@@ -67,9 +77,14 @@ class Factors:
             return weight.float()
         if weight.dim() == 1:
             return weight.float() + factor * norm_unit(weight)
-        groups = self.columns[f"{self._paths[index]}.{name.removesuffix('.weight')}"]
-        spread = (1 + factor)[:, groups]
-        return weight.float() * (spread.T if self.transposed else spread)
+        path = f"{self._paths[index]}.{name.removesuffix('.weight')}"
+        matrix = weight.float().T if self.transposed else weight.float()
+        scale, minimum = factor.unbind() if path in self.minimums else (factor, None)
+        changed = matrix * (1 + scale)[:, self.columns[path]]
+        if minimum is not None:
+            # q = scale * level - minimum, so scale * level is q + minimum
+            changed = changed + _spread_minimum(self.minimums[path], scale - minimum, matrix.shape[1])
+        return changed.T if self.transposed else changed
 
     def add_gradient(self, index: int, name: str, gradient: Tensor) -> None:
         """Keep the gradient of one parameter's factors for the next step."""
@@ -100,6 +115,12 @@ class Factors:
     def _view(flat: Tensor, place: tuple[int, tuple[int, ...]]) -> Tensor:
         start, shape = place
         return flat[start : start + torch.Size(shape).numel()].view(shape)
+
+
+def _spread_minimum(minimum: Tensor, factor: Tensor, columns: int) -> Tensor:
+    """[out, columns]: the minimums [out, sub-blocks] times the factor [out, groups] of their group."""
+    by_group = minimum.float().view(*factor.shape, -1) * factor.unsqueeze(-1)
+    return by_group.view(minimum.shape).repeat_interleave(columns // minimum.shape[1], 1)
 
 
 def norm_unit(weight: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def tune(
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     held_out, training = order[:batch], order[batch:]
     progress.start("tune", options.steps)
-    with reproducible(), base.outside():
+    with reproducible(), base.outside(), artifact.outside():
         student = _Student(base, artifact, factors)
         reached = factors.values.clone()  # by an earlier run
         factors.values.zero_()
@@ -146,9 +146,9 @@ class _Student:
 
     def _forward(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(states after the last block float32, the inputs of every block in 16 bits)."""
-        hidden = self.base.embed(windows).float()
+        hidden = self.artifact.embed(windows).float()
         inputs = []
-        for index in range(len(self.base.blocks)):
+        for index in range(len(self.artifact.blocks)):
             inputs.append(hidden.to(torch.bfloat16))
             hidden = self._run(index, hidden, self.factors.block(index))
         return hidden, inputs
@@ -169,7 +169,7 @@ class _Student:
             name: self.factors.apply(index, name, weight, factors) for name, weight in self._weights(index).items()
         }
         with mixed_precision(hidden.device):
-            return self.base.run_block(index, self.base.blocks[index], hidden, weights).float()
+            return self.artifact.run_block(index, self.artifact.blocks[index], hidden, weights).float()
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         """The block's dense weights in 16 bits; kept once read, as long as there is room."""
@@ -186,7 +186,7 @@ class _Student:
         with mixed_precision(hidden.device):
             with torch.no_grad():
                 wanted = self.base.logits(teacher.to(hidden.device)).float().log_softmax(-1)
-            given = self.base.logits(hidden).float().log_softmax(-1)
+            given = self.artifact.logits(hidden).float().log_softmax(-1)
         return (wanted.exp() * (wanted - given)).sum()
 
 
