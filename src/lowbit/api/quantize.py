@@ -112,7 +112,7 @@ class _Run:
         self.device = own_device(pick_device(settings.device))
         self.source = open_artifact(checkpoint)
         if self.device.type == "cuda":
-            self.source = Prefetching(self.source)
+            self.source = Prefetching(self.source, self.device)
         stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
         self.model = StreamedModel(self.source, self.device, calibration_dtype(self.device, stored))
         if not self.model.known:

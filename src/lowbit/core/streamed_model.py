@@ -58,7 +58,8 @@ class StreamedModel:
         """Weights of one block as stored, on the device, by their names within the block. Raises CheckpointError."""
         path = self.block_path(index)
         names = [name for name, _ in self.blocks[index].named_parameters()]
-        weights = {name: self._read(f"{path}.{name}") for name in names}
+        weights = {name: self._on_device(f"{path}.{name}") for name in names}
+        self._check_finite({f"{path}.{name}": tensor for name, tensor in weights.items()})
         if isinstance(self.checkpoint, Prefetching) and index + 1 < len(self.blocks):
             following = f"{self.block_path(index + 1)}."
             self.checkpoint.announce(stored for name, stored in self._stored.items() if name.startswith(following))
@@ -82,11 +83,14 @@ class StreamedModel:
     def outside(self) -> Iterator[None]:
         """Everything but the blocks (embeddings, final norm, head) with its weights, freed at the end."""
         blocks = {id(parameter) for parameter in self.blocks.parameters()}
-        state = {
-            name: self._read(name).to(self.dtype)
+        stored = {
+            name: self._on_device(name)
             for name, parameter in self.skeleton.named_parameters()
             if id(parameter) not in blocks
         }
+        self._check_finite(stored)
+        state = {name: tensor.to(self.dtype) for name, tensor in stored.items()}
+        del stored
         self.skeleton.load_state_dict(state, strict=False, assign=True)
         self.skeleton.tie_weights()  # type: ignore[operator]
         try:
@@ -151,14 +155,18 @@ class StreamedModel:
         finally:
             setattr(parent, attribute, self.blocks)
 
-    def _read(self, parameter: str) -> Tensor:
-        tensor = self.checkpoint.read(self._stored[parameter]).to(self.device)
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"tensor {self._stored[parameter]!r} holds NaN or infinity: the checkpoint is damaged",
-                hint="download it again, or take another checkpoint",
-            )
-        return tensor
+    def _on_device(self, parameter: str) -> Tensor:
+        return self.checkpoint.read(self._stored[parameter]).to(self.device)
+
+    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for NaN; asks the device once for all tensors."""
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+        for name, good in zip(tensors, finite, strict=True):
+            if not good:
+                raise CheckpointError(
+                    f"tensor {self._stored[name]!r} holds NaN or infinity: the checkpoint is damaged",
+                    hint="download it again, or take another checkpoint",
+                )
 
 
 class _Recorded(Exception):  # noqa: N818 - control flow, not an error

@@ -18,9 +18,10 @@ from torch import Tensor
 from lowbit.core.contracts import Needs, Quantized
 from lowbit.core.distributed import World
 from lowbit.core.qtensor import QTensor
-from lowbit.core.statistics import InputStatistics
+from lowbit.core.statistics import InputStatistics, tensor_float32_products
 from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
+from lowbit.pipeline.passage import BEFORE, BEHIND, BETWEEN
 from lowbit.pipeline.plan import LayerPlan, needs_input_scale
 from lowbit.pipeline.transform import transform_block
 from lowbit.pipeline.watch import watch
@@ -38,18 +39,32 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
     groups = job.groups()
     steps = [[group] for group in groups] if sequential else [groups]
     for number, step in enumerate(steps):
-        statistics = _statistics(job, step, known, stale=sequential and number > 0)
+        following = steps[number + 1][0][0] if number + 1 < len(steps) else None
+        until = _last_place_before(job, following)
+        statistics = _statistics(job, step, known, stale=sequential and number > 0, until=until)
         for group in step:
             shared, stacks = statistics.pop(group[0], None), _stacks(job, group)
             for stack in stacks:
                 note(f"{job.path} {', '.join(name.rpartition('.')[2] for name in stack)}")
                 # methods may empty what they are given: only the last stack gets the statistics themselves
                 _quantize_stack(job, stack, shared if stack is stacks[-1] else copy.copy(shared), result)
+        if until == BETWEEN:
+            for stream in (job.arriving, job.original):
+                if stream is not None:
+                    stream.advance(BETWEEN)
     return result
 
 
+def _last_place_before(job: BlockJob, following: str | None) -> int:
+    """How far states can go on before the layer that is watched next; the end of the block after the last."""
+    if following is None:
+        return BEHIND
+    halves = None if job.arriving is None else job.arriving.halves
+    return BEFORE if halves is None or following.startswith(f"{halves.names[0]}.") else BETWEEN
+
+
 def _statistics(
-    job: BlockJob, step: Sequence[Sequence[str]], known: dict[str, InputStatistics], *, stale: bool
+    job: BlockJob, step: Sequence[Sequence[str]], known: dict[str, InputStatistics], *, stale: bool, until: int
 ) -> dict[str, InputStatistics]:
     """Statistics for a step: those that the transforms left, unless a method wants to see what quantization has changed
     since (`stale`), or more than they hold; else by watching."""
@@ -62,7 +77,9 @@ def _statistics(
             found[group[0]] = left
         elif needs.calibration:
             missing[group[0]] = needs
-    return found | watch(job, missing)
+    at = BEFORE if job.original is None else job.original.at
+    # transformed weights are another rounding of the original: its states go on through what is stored
+    return found | watch(job, missing, on_to=until if until > at and not job.transforms else None)
 
 
 def _quantize_stack(
@@ -123,10 +140,11 @@ def _measure_(
     statistics, of the weights. Every process measures its share of the rows."""
     gram = None if statistics is None else statistics.gram
     share = world.share(len(weight))
-    for start in range(share.start, share.stop, _ROWS):
-        rows = slice(start, min(start + _ROWS, share.stop))
-        powers[rows, 0] = _power(weight[rows] - quantized[rows], gram)
-        powers[rows, 1] = _power(weight[rows], gram)
+    with tensor_float32_products(weight.device):
+        for start in range(share.start, share.stop, _ROWS):
+            rows = slice(start, min(start + _ROWS, share.stop))
+            powers[rows, 0] = _power(weight[rows] - quantized[rows], gram)
+            powers[rows, 1] = _power(weight[rows], gram)
 
 
 def _power(rows: Tensor, gram: Tensor | None) -> Tensor:

@@ -31,9 +31,9 @@ def cache_scales(job: BlockJob, layers: Sequence[str]) -> list[Tensor]:
 
     handles = [watch(name) for name in layers]
     try:
-        for where in job.arriving.batches():
+        for where in job.arriving.states.batches():
             with suppress(_Seen):
-                job.model.run_block(job.index, job.module, job.arriving.get(where, job.model.device))
+                job.model.run_block(job.index, job.module, job.arriving.states.get(where, job.model.device))
     finally:
         for handle in handles:
             handle.remove()

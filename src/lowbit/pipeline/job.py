@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.core.distributed import ALONE, World
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.passage import Passage
 from lowbit.pipeline.plan import LayerPlan, TransformPlan
 
 ScaleDtype = Callable[[LayerPlan], torch.dtype]
@@ -34,8 +34,9 @@ class BlockResult:
 class BlockJob:
     """A block with its weights as stored, the layers to quantize in it, and the calibration states before it.
 
-    weights: by name within the block; transforms replace them. arriving: hidden states that come out of the quantized
-    prefix; None without calibration. original: those of the unquantized model, when a method compares.
+    weights: by name within the block; transforms replace them. arriving: the hidden states that come out of the quantized
+    prefix on their way through the block; None without calibration. original: those of the unquantized model, through
+    the block as it was, when a method compares.
     world: the processes that share the windows and the rows.
     """
 
@@ -44,8 +45,8 @@ class BlockJob:
     module: nn.Module
     weights: Mapping[str, Tensor]
     layers: Mapping[str, LayerPlan]
-    arriving: Activations | None
-    original: Activations | None
+    arriving: Passage | None
+    original: Passage | None
     scale_dtype: ScaleDtype
     transforms: Sequence[TransformPlan] = ()
     world: World = ALONE
@@ -59,6 +60,11 @@ class BlockJob:
         """The weight [out, in] float32 of one of the block's linear layers."""
         weight = self.weights[f"{name}.weight"].float()
         return weight.T.contiguous() if self.model.architecture.transposed else weight
+
+    def columns(self, name: str) -> int:
+        """Inputs of one of the block's linear layers."""
+        rows, columns = self.weights[f"{name}.weight"].shape
+        return int(rows if self.model.architecture.transposed else columns)
 
     def groups(self) -> list[list[str]]:
         """Names of the layers to quantize, by shared input, in order of execution."""

@@ -34,7 +34,7 @@ def learn_block(job: BlockJob, result: BlockResult, targets: Activations, note: 
     planned = [layer for layer in learning_layers(job.layers) if layer.path.startswith(prefix)]
     if not planned or job.arriving is None:
         return
-    states, device, options = job.arriving.states, job.model.device, planned[0].options
+    states, device, options = job.arriving.states.states, job.model.device, planned[0].options
     names = [layer.path.removeprefix(prefix) for layer in planned]
     matrices = {name: LearnedMatrix(job.matrix(name), result.tensors[prefix + name]) for name in names}
     learned_names = {f"{name}.weight" for name in names}

@@ -84,6 +84,7 @@ class WrittenOutput(Output):
                 self._write(tensors)
         self.writer.sync()
         then()
+        self.writer.hash_ahead()
 
     def _write(self, tensors: list[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:

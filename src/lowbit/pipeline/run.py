@@ -8,12 +8,12 @@ and one that was still being written. Several processes share the windows and th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.core.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.core.distributed import ALONE, World
@@ -27,6 +27,7 @@ from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
 from lowbit.pipeline.kv_cache import scale_names
 from lowbit.pipeline.learn import learn_block, learning_layers
 from lowbit.pipeline.output import Output
+from lowbit.pipeline.passage import BEHIND, HalvesFinder, Passage
 from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.pipeline.streams import Streams as Streams
 from lowbit.pipeline.streams import calibration_states as calibration_states
@@ -94,6 +95,7 @@ class _Blocks:
     progress: Progress
     sequential: bool
     world: World
+    halves: HalvesFinder = field(default_factory=HalvesFinder)
 
     def quantize(self, index: int) -> None:
         """Quantize a block, hand it to the output, and take the states through it."""
@@ -107,17 +109,16 @@ class _Blocks:
                 module,
                 weights,
                 plan.layers,
-                self.arriving,
-                self.original,
+                self._passage(index, module, self.arriving),
+                self._passage(index, module, self.original, weights),
                 lambda layer: _scale_dtype(plan, layer),
                 plan.transforms,
                 self.world,
             )
             result = quantize_block(job, sequential=self.sequential, note=self.progress.note)
-            learns = self.original is not None and bool(learning_layers(plan.layers))
-            if learns and self.original is not None:
-                replay(model, index, module, self.original, weights)
-                learn_block(job, result, self.original, self.progress.note)
+            if job.original is not None and learning_layers(plan.layers):
+                job.original.advance(BEHIND)
+                learn_block(job, result, job.original.states, self.progress.note)
             for note in {note for notes in result.notes.values() for note in notes}:
                 self.progress.warn(f"{path}: {note}")
             scales = self._cache_scales(job)
@@ -130,9 +131,19 @@ class _Blocks:
                 worst = max(result.errors, key=result.errors.__getitem__)
                 self.progress.note(f"{worst} error {result.errors[worst]:.4f}")
             if index + 1 < len(model.blocks):
-                replay(model, index, module, self.arriving)
-                if not learns:
-                    replay(model, index, module, self.original, weights)
+                for stream in (job.arriving, job.original):
+                    if stream is not None:
+                        stream.advance(BEHIND)
+
+    def _passage(
+        self, index: int, module: nn.Module, states: Activations | None, weights: Mapping[str, Tensor] | None = None
+    ) -> Passage | None:
+        if states is None:
+            return None
+        # training and cache scales want the states before the block once its layers are quantized
+        whole = not self.sequential or self.plan.kv_cache is not None or bool(learning_layers(self.plan.layers))
+        halves = None if whole or self.arriving is None else self.halves.find(self.model, index, module, self.arriving)
+        return Passage(self.model, index, module, states, weights, halves)
 
     def replay_finished(self, index: int) -> None:
         """Take the states through a block that an earlier run finished."""

@@ -157,7 +157,7 @@ def _outputs(job: BlockJob, name: str, replaced: Mapping[str, Tensor]) -> list[T
     """Outputs of a module of the block on the first batches of calibration states, as far as this process holds them,
     with some weights replaced."""
     assert job.arriving is not None
-    priced = max(0, _PRICED_BATCHES - -(-job.arriving.first // job.arriving.batch))
+    priced = max(0, _PRICED_BATCHES - -(-job.arriving.states.first // job.arriving.states.batch))
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
@@ -166,9 +166,9 @@ def _outputs(job: BlockJob, name: str, replaced: Mapping[str, Tensor]) -> list[T
 
     handle = job.module.get_submodule(name).register_forward_hook(hook)
     try:
-        for _, where in zip(range(priced), job.arriving.batches(), strict=False):
+        for _, where in zip(range(priced), job.arriving.states.batches(), strict=False):
             with suppress(_Reached):
-                job.model.run_block(job.index, job.module, job.arriving.get(where, job.model.device), replaced)
+                job.model.run_block(job.index, job.module, job.arriving.states.get(where, job.model.device), replaced)
     finally:
         handle.remove()
     return seen
@@ -184,7 +184,7 @@ def _as_stored(job: BlockJob, name: str, tensor: Tensor, before: Tensor) -> Tens
 def _check_unchanged(job: BlockJob, before: Mapping[str, Tensor]) -> None:
     if job.arriving is None:
         return
-    hidden = job.arriving.get(next(job.arriving.batches()), job.model.device)
+    hidden = job.arriving.states.get(next(job.arriving.states.batches()), job.model.device)
     outputs = [
         job.model.run_block(
             job.index, job.module, hidden, {name: tensor.to(job.model.dtype) for name, tensor in weights.items()}

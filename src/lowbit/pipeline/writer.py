@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lowbit.core.contracts import TensorSpec
 from lowbit.core.errors import OutputError
 
 MAX_SHARD = 5 * 10**9
+_HASHED = 2**24
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -42,6 +44,8 @@ class ShardedWriter:
         self.directory = directory
         self.shards = _divide(layout)
         self._places: dict[str, tuple[Path, int, TensorSpec]] = {}
+        self._written: set[str] = set()
+        self._digests = {shard.name: Digest(directory / shard.name) for shard in self.shards}
         with output_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._check_space()
@@ -58,6 +62,8 @@ class ShardedWriter:
             view, position = memoryview(data), 0
             while position < len(view):
                 position += os.pwrite(stream.fileno(), view[position:], offset + position)
+        self._written.add(name)
+        self._digests[file.name].changed(offset)
 
     def sync(self) -> None:
         """Make what was written survive a crash of the machine."""
@@ -69,6 +75,16 @@ class ShardedWriter:
                 finally:
                     os.close(descriptor)
 
+    def hash_ahead(self) -> None:
+        """Hash as far as each file has been written without gaps, so that little is left to hash at the end."""
+        ends = {file.name: file.stat().st_size for file in {place[0] for place in self._places.values()}}
+        for name, (file, offset, _) in self._places.items():
+            if name not in self._written:
+                ends[file.name] = min(ends[file.name], offset)
+        with output_errors(self.directory):
+            for shard, end in ends.items():
+                self._digests[shard].advance(end)
+
     def finish(self) -> dict[str, str]:
         """Write the index (for several shards); returns file name -> sha256 of the weights."""
         if len(self.shards) > 1:
@@ -77,7 +93,8 @@ class ShardedWriter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(self.directory / "model.safetensors.index.json", index)
         self.sync()
-        return {shard.name: sha256_of(self.directory / shard.name) for shard in self.shards}
+        with output_errors(self.directory), ThreadPoolExecutor() as pool:
+            return dict(zip(self._digests, pool.map(Digest.whole, self._digests.values()), strict=True))
 
     def _check_space(self) -> None:
         # asked before it is taken: a failing fallocate first fills the disk for everybody else on the machine
@@ -96,6 +113,32 @@ class ShardedWriter:
                 os.posix_fallocate(stream.fileno(), 0, size)
         for name, (spec, offset) in read_header(file)[0].items():
             self._places[name] = (file, offset, spec)
+
+
+class Digest:
+    """sha256 of a file that grows from its beginning."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._hash, self._end = hashlib.sha256(), 0
+
+    def changed(self, offset: int) -> None:
+        """Bytes from `offset` on are others now: what was hashed of them does not count."""
+        if offset < self._end:
+            self._hash, self._end = hashlib.sha256(), 0
+
+    def advance(self, end: int) -> None:
+        """Hash the file up to `end`."""
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self._end)
+            while self._end < end and (piece := stream.read(min(_HASHED, end - self._end))):
+                self._hash.update(piece)
+                self._end += len(piece)
+
+    def whole(self) -> str:
+        """Hex digest of all of it."""
+        self.advance(self.file.stat().st_size)
+        return self._hash.hexdigest()
 
 
 def stored_bytes(layout: Mapping[str, TensorSpec]) -> int:
@@ -121,9 +164,9 @@ def _divide(layout: Mapping[str, TensorSpec]) -> list[_Shard]:
 
 def _header(tensors: Mapping[str, TensorSpec]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # wider types first, so that every tensor is aligned to its own width
+    # wider types first, so that every tensor is aligned to its own width; else in the order in which they will come
     position = 0
-    for name, spec in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+    for name, spec in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         end = position + spec.nbytes
         entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end

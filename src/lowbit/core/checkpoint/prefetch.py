@@ -1,4 +1,4 @@
-"""Reading ahead: while one block is computed on a GPU, the tensors of the next come off the disk."""
+"""Reading ahead: while one block is computed on a GPU, the tensors of the next come off the disk and onto it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint, TensorSpec
 
 
 class Prefetching:
-    """contracts.Checkpoint around another one. Announced tensors wait in host memory until they are read, once."""
+    """contracts.Checkpoint around another one. Announced tensors wait on `device`, a GPU, until they are read, once."""
 
-    def __init__(self, inner: Checkpoint) -> None:
+    def __init__(self, inner: Checkpoint, device: torch.device) -> None:
         self.inner = inner
         self.location: Path = inner.location
         self.config: dict[str, Any] = inner.config
+        self.device = device
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: dict[str, Future[Tensor]] = {}
+        # copies on a stream of their own do not wait for what is being computed
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -31,12 +35,23 @@ class Prefetching:
         """Start to read these tensors."""
         for name in names:
             if name not in self._coming:
-                self._coming[name] = self._reader.submit(self.inner.read, name)
+                self._coming[name] = self._reader.submit(self._fetch, name)
 
     def read(self, name: str) -> Tensor:
-        """An announced tensor as soon as it is there, any other one now. Raises CheckpointError."""
+        """An announced tensor as soon as it is there, any other one now (on the CPU). Raises CheckpointError."""
         coming = self._coming.pop(name, None)
-        return self.inner.read(name) if coming is None else coming.result()
+        if coming is None:
+            return self.inner.read(name)
+        tensor = coming.result()
+        tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensor
+
+    def _fetch(self, name: str) -> Tensor:
+        tensor = self.inner.read(name)
+        with torch.cuda.stream(self._stream):
+            tensor = tensor.to(self.device)
+        self._stream.synchronize()
+        return tensor
 
     def companions(self) -> dict[str, Path]:
         """Those of the inner checkpoint."""

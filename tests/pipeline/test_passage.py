@@ -1,0 +1,89 @@
+"""States on their way through one block: halves compute what the whole does, bit for bit, or are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.passage import BEHIND, BETWEEN, HalvesFinder, Passage
+
+CPU = torch.device("cpu")
+
+
+def arrive(model: StreamedModel) -> Activations:
+    ids = torch.randint(1, 500, (6, 16), generator=torch.Generator().manual_seed(0))
+    states = Activations((6, 16, 64), torch.float32, CPU, 4)
+    with torch.no_grad(), model.outside():
+        for where in states.batches():
+            states.put(where, model.embed(ids[where]))
+    return states
+
+
+def copy_of(states: Activations) -> Activations:
+    other = Activations(tuple(states.states.shape), torch.float32, CPU, states.batch)
+    other.states.copy_(states.states)
+    return other
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3", "gpt2"])
+def test_two_halves_make_the_whole(make_model: Callable[..., Path], model_type: str) -> None:
+    model = StreamedModel(open_checkpoint(make_model(model_type)), CPU, torch.float32)
+    states = arrive(model)
+    with torch.no_grad(), model.block(0) as module:
+        halves = HalvesFinder().find(model, 0, module, states)
+        assert halves is not None
+        last = model.architecture.linears[-1][0]
+        before, after = (
+            [(name, tensor.clone()) for seen in Passage(model, 0, module, copy_of(states), halves=kind).inputs([last])
+             for name, tensor in seen.items()]
+            for kind in (None, halves)
+        )  # fmt: skip
+        whole = Passage(model, 0, module, copy_of(states))
+        whole.advance(BEHIND)
+        steps = Passage(model, 0, module, copy_of(states), halves=halves)
+        steps.advance(BETWEEN)
+        assert not torch.equal(steps.states.states, whole.states.states)
+        between = [seen[last].clone() for seen in steps.inputs([last])]
+        assert all(torch.equal(one, two) for (_, one), two in zip(before, between, strict=True))
+        assert all(torch.equal(one, two) for (_, one), (_, two) in zip(before, after, strict=True))
+        for _ in steps.inputs([last], on_to=BEHIND):
+            pass
+        steps.advance(BEHIND)  # they are there
+        assert torch.equal(steps.states.states, whole.states.states)
+
+
+def test_other_weights_take_the_same_way(tiny_llama: Path) -> None:
+    model = StreamedModel(open_checkpoint(tiny_llama), CPU, torch.float32)
+    states = arrive(model)
+    other = {name: tensor * 1.25 for name, tensor in model.read_block(0).items()}
+    with torch.no_grad():
+        with model.block(0, other) as module:
+            whole = Passage(model, 0, module, copy_of(states))
+            whole.advance(BEHIND)
+        with model.block(0) as module:
+            halves = HalvesFinder().find(model, 0, module, states)
+            steps = Passage(model, 0, module, copy_of(states), other, halves)
+            steps.advance(BETWEEN)
+            steps.advance(BEHIND)
+    assert torch.equal(steps.states.states, whole.states.states)
+
+
+def test_a_block_that_adds_both_parts_at_once_has_no_halves(make_model: Callable[..., Path]) -> None:
+    folder = make_model("phi")
+    model = StreamedModel(open_checkpoint(folder), CPU, torch.float32)
+    states = arrive(model)
+    with torch.no_grad(), model.block(0) as module:
+        assert HalvesFinder().find(model, 0, module, states) is None
+
+
+def test_layers_outside_any_part_have_no_halves(make_model: Callable[..., Path]) -> None:
+    model = StreamedModel(open_checkpoint(make_model("opt", ffn_dim=128, word_embed_proj_dim=64)), CPU, torch.float32)
+    states = arrive(model)
+    with torch.no_grad(), model.block(0) as module:
+        assert HalvesFinder().find(model, 0, module, states) is None
