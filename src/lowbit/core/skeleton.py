@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lowbit.core.errors import ArchitectureError
 
@@ -23,7 +25,7 @@ def build_skeleton(config: Mapping[str, Any], *, trust_remote_code: bool = False
     model_type = str(config.get("model_type", ""))
     try:
         model_config = AutoConfig.for_model(model_type, **plain)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model: nn.Module = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArchitectureError(
@@ -32,6 +34,19 @@ def build_skeleton(config: Mapping[str, Any], *, trust_remote_code: bool = False
         ) from error
     model.tie_weights()  # type: ignore[operator]
     return model.eval().requires_grad_(False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that is asked for but not filled is not taken: modules make their weights so, and a layer's experts can be
+    larger than this machine. (What they fill, norms and buffers, is small; accelerate moves the parameters among it.)"""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func is torch.empty:
+            named["device"] = "meta"
+        return func(*args, **named)
 
 
 def _first_line(error: BaseException) -> str:
