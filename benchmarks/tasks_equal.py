@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--packed", action=argparse.BooleanOptionalAction, default=None, help="of lowbit evaluate")
     asked = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     subjects = [name for name in asked.subjects.split(",") if name]
@@ -82,8 +83,9 @@ def _ours(asked: argparse.Namespace, subjects: list[str]) -> dict[str, dict[str,
         f"mmlu_{name}" + (f":{asked.mmlu_limit}" if asked.mmlu_limit else "") for name in subjects
     ]
     wanted = Evaluation(
-        tasks=",".join(tasks), data=asked.data, dtype=asked.dtype, device=asked.device, batch_size=asked.batch_size
-    )
+        tasks=",".join(tasks), data=asked.data, dtype=asked.dtype, device=asked.device, batch_size=asked.batch_size,
+        packed=asked.packed,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         evaluate_run(asked.model, wanted=wanted, cache=Path(cache))
         kept = [

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,25 @@ import torch
 
 from lowbit import __version__
 from lowbit.api.engines import IN_PROCESS, Answering, answering, check_runtime, is_url
+from lowbit.api.evaluation_speed import measured_speed, weights_and_cache
+from lowbit.api.evaluation_text import SERVED_CONTEXT, Text, measured_text, served_text, streamed
 from lowbit.api.runs import record_file
 from lowbit.api.task_results import Subject, TaskResults, lm_eval_version
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
-from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import RecipeError
 from lowbit.core.hardware import pick_device
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
-from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.text import first_windows, token_windows
 from lowbit.core.tokenizer import load_tokenizer
 from lowbit.environments import default_root
-from lowbit.evals.divergence import measure_details
-from lowbit.evals.footprint import footprint
-from lowbit.evals.probe import RUNTIMES as PROBED
-from lowbit.evals.probe import probe, probe_endpoint
-from lowbit.evals.served import measure_served
-from lowbit.evals.state_cache import KIND
 from lowbit.evals.statistics import worst_verdict
 from lowbit.evals.store import ResultStore
 from lowbit.evals.tasks.catalogue import OWN, Wanted, find_leaves, parse_tasks
 from lowbit.evals.tasks.harness import together
 from lowbit.evals.tasks.local_data import LocalData
 from lowbit.formats.reader import open_artifact
-
-_SERVED_WINDOWS, _SERVED_CONTEXT = 2, 128
 
 
 @dataclass(frozen=True)
@@ -53,10 +43,12 @@ class Evaluation:
     limit: items of each task (of a group, of each of its tasks). shots: instead of a task's default. data: a folder of task
     data instead of the hub. runtime: what tasks run on: "transformers" (dequantized weights, in this process), "llama.cpp"
     (embedded), "vllm" (started for it), or the URL of a server. dtype: that transformers compute in: "auto" is the
-    checkpoint's own, as in lm-eval. dataset, windows, context: text for KL and perplexity, in windows next to each other
-    (the stride is the window). held_out: of a calibration on that text (num_samples, seq_len, seed): windows that it did
-    not see. speed: also measure tokens/s and peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for
-    the size of the KV cache. tokenizer: a checkpoint, for a URL alone. rerun: also what is known from before.
+    checkpoint's own, as in lm-eval. packed: whether transformers compute what prompts have in common once; None: in float32,
+    where no score is known to change by it, but not in 16 bits, whose last digits would not be lm-eval's. dataset, windows,
+    context: text for KL and perplexity, in windows next to each other (the stride is the window). held_out: of a
+    calibration on that text (num_samples, seq_len, seed): windows that it did not see. speed: also measure tokens/s and
+    peak memory, on a prompt of prompt_tokens. cache_context, cache_batch: for the size of the KV cache. tokenizer: a
+    checkpoint, for a URL alone. rerun: also what is known from before.
     """
 
     tasks: str = "kl"
@@ -65,6 +57,7 @@ class Evaluation:
     data: Path | None = None
     runtime: str = "transformers"
     dtype: str = "auto"
+    packed: bool | None = None
     batch_size: int | None = None
     dataset: str = "pydoc"
     windows: int = 16
@@ -144,7 +137,9 @@ class _Evaluating:
             )
             run["lm_eval"] = lm_eval_version()
         if self.checkpoint is not None:
-            run["memory"] = self._footprint()
+            run["memory"] = weights_and_cache(
+                self.artifact, self.checkpoint.config, self.wanted.cache_context, self.wanted.cache_batch
+            )
         if self.wanted.speed:
             run["speed"] = self._speed()
         run["seconds"] = round(time.time() - started, 1)
@@ -161,65 +156,17 @@ class _Evaluating:
         file = None if self.is_url else record_file(Path(self.artifact))
         return json.loads(file.read_text()) if file is not None and file.is_file() else None
 
-    # --- text -------------------------------------------------------------------------------------------------------
-
     def _text(self) -> dict[str, Any]:
         wanted = self.wanted
-        windows = self._windows()
-        seen = ", held out of calibration" if wanted.held_out else ""
-        content: dict[str, Any] = {"dataset": wanted.dataset + seen, "stride": wanted.context}
         divergence = any(task.name == "kl" for task in self.tasks)
-        base = self._streamed(self.base_checkpoint) if self.base_checkpoint is not None and divergence else None
-        if self.checkpoint is not None:
-            found = measure_details(
-                self._streamed(self.checkpoint), windows, self.progress, base=base, cache=self.cache / "states"
-            )
-            content |= found.measurement.to_dict()
-            if base is not None:
-                content |= {
-                    "base_states": KIND,
-                    "histogram": {"low": found.low, "high": found.high, "counts": found.histogram},
-                    "worst": [self._in_words(windows, worst) for worst in found.worst],
-                }
+        base = streamed(self.base_checkpoint, self.device) if self.base_checkpoint is not None and divergence else None
+        candidate = None if self.checkpoint is None else streamed(self.checkpoint, self.device)
+        text = Text(wanted.dataset, wanted.windows, wanted.context, wanted.held_out)
+        content = measured_text(text, self.tokenizer, candidate, base, self.cache / "states", self.progress)
         if base is not None and self.runtime != IN_PROCESS:
-            content["served"] = self._served(base)
+            with self._server(SERVED_CONTEXT + 8) as server:
+                content["served"] = served_text(text, self.tokenizer, server, candidate, base, self.progress)
         return content
-
-    def _windows(self) -> torch.Tensor:
-        wanted = self.wanted
-        if wanted.held_out is None:
-            return first_windows(wanted.dataset, self.tokenizer, wanted.windows, wanted.context)
-        count, length, seed = wanted.held_out
-        every = token_windows(wanted.dataset, self.tokenizer, count + wanted.windows, length, seed)
-        return every[count:, : wanted.context]
-
-    def _in_words(self, windows: torch.Tensor, worst: Any) -> dict[str, Any]:
-        ids, at = windows[worst.window].tolist(), worst.position + 1
-        words = self.tokenizer.decode
-        return {
-            "kl": worst.kl,
-            "window": worst.window,
-            "position": at,
-            "before": words(ids[max(0, at - 24) : at]),
-            "token": words(ids[at : at + 1]),
-            "after": words(ids[at + 1 : at + 7]),
-            "base_choice": words([worst.base_choice]),
-            "base_probability": worst.base_probability,
-            "choice": words([worst.choice]),
-            "probability": worst.probability,
-        }
-
-    def _served(self, base: StreamedModel) -> dict[str, Any]:
-        windows = first_windows(self.wanted.dataset, self.tokenizer, _SERVED_WINDOWS, _SERVED_CONTEXT)
-        dense = None if self.checkpoint is None else self._streamed(self.checkpoint)
-        with self._server(_SERVED_CONTEXT + 8) as server:
-            return measure_served(server.endpoint, base, dense, windows, self.progress, listed=server.listed).to_dict()
-
-    def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
-        dense = open_artifact(checkpoint, torch.float32)
-        return StreamedModel(dense, self.device, torch.float32)
-
-    # --- tasks ------------------------------------------------------------------------------------------------------
 
     def _run_tasks(self) -> dict[str, Any]:
         results = TaskResults(
@@ -229,6 +176,7 @@ class _Evaluating:
             self.store,
             self.device,
             self.wanted.batch_size or (8 if self.device.type == "cpu" else 32),
+            packed=self.wanted.packed,
         )
         rerun = self.wanted.rerun
         mine = results.of(self._subject(self.checkpoint, self.runtime), self.progress, "tasks", rerun=rerun)
@@ -271,34 +219,17 @@ class _Evaluating:
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         return DTYPES.get(stored, torch.float32)
 
-    # --- memory and speed -------------------------------------------------------------------------------------------
-
-    def _footprint(self) -> dict[str, Any]:
-        if self.artifact.endswith(".gguf"):
-            tensors = {name: tensor.nbytes for name, tensor in GgufSource(Path(self.artifact)).tensors.items()}
-        else:
-            tensors = {name: spec.nbytes for name, spec in open_checkpoint(self.artifact).tensors.items()}
-        assert self.checkpoint is not None
-        wanted = self.wanted
-        return footprint(
-            tensors, self.checkpoint.config, context=wanted.cache_context, batch=wanted.cache_batch
-        ).to_dict()
-
     def _speed(self) -> dict[str, Any]:
-        prompt, tokens = self.wanted.prompt_tokens, self.wanted.new_tokens
         self.progress.start("speed", 1)
-        runtime = self.runtime
-        if runtime == IN_PROCESS and self.artifact.endswith(".gguf") and find_spec("xllamacpp") is not None:
-            runtime = "llama.cpp"  # what such a file is made for; transformers would only dequantize it
-        if runtime in PROBED:
-            device = str(self.device) if runtime == IN_PROCESS else "cpu"
-            found = probe(self.artifact, runtime, prompt=prompt, tokens=tokens, device=device)
-        else:
-            with self._server(prompt + tokens + 8) as server:
-                endpoint = server.endpoint
-                found = probe_endpoint(endpoint.url, endpoint.model, prompt=prompt, tokens=tokens)
-                found |= {"runtime": self.runtime}
+        found = measured_speed(
+            self.artifact,
+            self.runtime,
+            self.wanted.prompt_tokens,
+            self.wanted.new_tokens,
+            str(self.device),
+            self._server,
+        )
         if "error" in found:
-            self.progress.warn(f"{runtime} could not be timed: {found['error']}")
+            self.progress.warn(f"{found['runtime']} could not be timed: {found['error']}")
         self.progress.advance()
         return found

@@ -36,7 +36,10 @@ class Subject:
 
 
 class TaskResults:
-    """What all subjects have in common: the tasks, their data, the tokenizer, and where results are kept."""
+    """What all subjects have in common: the tasks, their data, the tokenizer, and where results are kept.
+
+    packed: whether models in this process compute what prompts have in common once; None: those in float32.
+    """
 
     def __init__(
         self,
@@ -46,9 +49,11 @@ class TaskResults:
         store: ResultStore,
         device: torch.device,
         batch_size: int,
+        *,
+        packed: bool | None = None,
     ) -> None:
         self.leaves, self.data, self.tokenizer, self.store = leaves, data, tokenizer, store
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self.packed = device, batch_size, packed
         self.digests = {leaf.name: data.digest(leaf.name) for leaf in leaves} if data else {}
 
     def of(self, subject: Subject, progress: Progress, title: str, *, rerun: bool) -> dict[str, LeafResult]:
@@ -81,6 +86,7 @@ class TaskResults:
     def _key(self, leaf: Leaf, subject: Subject, endpoint: Endpoint | None) -> dict[str, Any]:
         """Everything that a result depends on."""
         here = [str(subject.dtype), self.device.type, self.batch_size] if subject.runtime == IN_PROCESS else []
+        here += ["packed"] * (bool(here) and self._packs(subject))
         there = [endpoint.model, self._fingerprint(endpoint)] if endpoint else []
         return {
             "model": subject.checkpoint.identity() if subject.checkpoint is not None else None,
@@ -92,6 +98,9 @@ class TaskResults:
             "data": self.digests.get(leaf.name, "hub"),
             "lm_eval": lm_eval_version(),
         }
+
+    def _packs(self, subject: Subject) -> bool:
+        return subject.dtype == torch.float32 if self.packed is None else self.packed
 
     def _fingerprint(self, endpoint: Endpoint) -> str:
         """What the served model makes of a text: another model at the same address is noticed."""
@@ -106,7 +115,12 @@ class TaskResults:
         assert subject.checkpoint is not None
         dense = open_artifact(subject.checkpoint, subject.dtype)
         with transformers_engine(
-            dense, self.tokenizer, self.device, subject.dtype, batch_size=self.batch_size
+            dense,
+            self.tokenizer,
+            self.device,
+            subject.dtype,
+            batch_size=self.batch_size,
+            packed=self._packs(subject),
         ) as engine:
             yield engine
 

@@ -33,6 +33,13 @@ def evaluate(
         str, typer.Option(help="What tasks run on: transformers, llama.cpp, vllm, or a server's URL.")
     ] = "transformers",
     dtype: Annotated[str, typer.Option(help="In transformers: auto (the checkpoint's), bfloat16, float32.")] = "auto",
+    packed: Annotated[
+        bool | None,
+        typer.Option(
+            "--packed/--no-packed",
+            help="In transformers: compute what prompts share once; by default in float32, where scores stay lm-eval's.",
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="In transformers: 8 on a CPU, else 32.")] = None,
     dataset: Annotated[str, typer.Option(help="Text for kl: a file, pydoc, wikitext or a hub id.")] = "pydoc",
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, next to each other.")] = 16,
@@ -71,7 +78,7 @@ def evaluate(
     base = base or _recorded_base(artifact)
     wanted = Evaluation(
         tasks=tasks, limit=limit, shots=shots, data=data, runtime="llama.cpp" if llama_cpp else runtime, dtype=dtype,
-        batch_size=batch_size, dataset=dataset, windows=windows, context=context, speed=speed, device=device,
+        packed=packed, batch_size=batch_size, dataset=dataset, windows=windows, context=context, speed=speed, device=device,
         tokenizer=tokenizer, rerun=rerun,
     )  # fmt: skip
     with listener(quiet=quiet or as_json) as progress:
