@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from lowbit.core.errors import RecipeError
-from lowbit.recommend.detect import cpu_features, cpu_limit, detect, memory_limit
+from lowbit.recommend.detect import cpu_features, detect
 from lowbit.recommend.hardware import by_device_name, parse_hardware, table
 
 
@@ -94,29 +92,6 @@ def test_instruction_sets() -> None:
     assert cpu_features(x86) == ("avx2", "avx512", "vnni", "amx")
     assert cpu_features("Features\t: fp asimd bf16\n") == ("neon", "bf16")
     assert cpu_features("Serial: avx2\n") == ()
-
-
-def test_limits_of_control_groups(tmp_path: Path) -> None:
-    assert memory_limit(tmp_path) is None
-    assert cpu_limit(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert memory_limit(tmp_path) is None
-    assert cpu_limit(tmp_path) is None
-    (tmp_path / "memory.max").write_text("4294967296\n")
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert memory_limit(tmp_path) == 2**32
-    assert cpu_limit(tmp_path) == 1.5
-    old = tmp_path / "v1"
-    (old / "memory").mkdir(parents=True)
-    (old / "cpu").mkdir()
-    (old / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert memory_limit(old) is None
-    (old / "memory/memory.limit_in_bytes").write_text("1073741824\n")
-    (old / "cpu/cpu.cfs_quota_us").write_text("200000\n")
-    (old / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert memory_limit(old) == 2**30
-    assert cpu_limit(old) == 2
 
 
 def test_this_machine() -> None:

@@ -16,7 +16,7 @@ from lowbit.runtimes.checksums import changed_files
 from lowbit.runtimes.choose import choose
 from lowbit.runtimes.description import Runtime
 from lowbit.runtimes.installed import program_of
-from lowbit.runtimes.machine import Gpu, Machine, available_cores, available_memory, nvidia_gpus
+from lowbit.runtimes.machine import Gpu, Machine, nvidia_gpus
 
 CPU = Machine(4, 2**34)
 
@@ -106,32 +106,6 @@ def test_builds_for_cpus_are_not_taken_for_gpus(monkeypatch: pytest.MonkeyPatch)
     assert (choice.runtime.name, choice.device) == ("llama.cpp", "cpu")
     assert "not installed" in choice.passed["llama.cpp on the GPU"]
     assert "llama.cpp" not in choice.passed
-
-
-def test_cores_within_a_containers_quota(tmp_path: Path) -> None:
-    here = available_cores(tmp_path)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert available_cores(tmp_path) == here
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    assert available_cores(tmp_path) == 1
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("50000")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
-    assert available_cores(tmp_path) == 1
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1")
-    assert available_cores(tmp_path) == here
-
-
-def test_memory_within_a_containers_limit(tmp_path: Path) -> None:
-    free = psutil.virtual_memory().available
-    assert available_memory(tmp_path) <= psutil.virtual_memory().total
-    (tmp_path / "memory.max").write_text("3000000")
-    (tmp_path / "memory.current").write_text("2000000")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
-    assert available_memory(tmp_path) == min(1_500_000, free)
-    (tmp_path / "memory.max").write_text("max")
-    assert available_memory(tmp_path) > 1_500_000
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from lowbit.core.container import usable_cores, usable_memory
 from lowbit.core.hardware import matrix_rate, read_bandwidth
 from lowbit.recommend.hardware import Hardware, by_device_name
 
@@ -38,32 +36,8 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(feature for flag, feature in _FLAGS.items() if flag in words))
 
 
-def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that the control group allows, None without a limit (cgroup v2, then v1)."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((root / name).read_text())
-            if limit < 2**60:
-                return limit
-    return None
-
-
-def cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors that the control group's quota amounts to, None without one."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        if quota_us > 0:
-            return quota_us / int((root / "cpu/cpu.cfs_period_us").read_text())
-    return None
-
-
 def _cpu() -> Hardware:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, int(min(usable, cpu_limit() or usable)))
-    memory = min(psutil.virtual_memory().total, memory_limit() or 2**62)
+    cores, memory = usable_cores(), usable_memory()
     cpuinfo = ""
     with contextlib.suppress(OSError):
         cpuinfo = Path("/proc/cpuinfo").read_text()

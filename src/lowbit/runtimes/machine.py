@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-_CGROUP = Path("/sys/fs/cgroup")
+from lowbit.core.container import free_memory, usable_cores
 
 
 @dataclass(frozen=True)
@@ -43,34 +41,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine that this process runs on."""
-    return Machine(available_cores(), available_memory(), tuple(nvidia_gpus()))
-
-
-def available_cores(root: Path = _CGROUP) -> int:
-    """Cores that this process may run on, within the quota of its control groups (v2 or v1), at least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for folder in _folders(root):
-        quota, _, period = _text(folder / "cpu.max").partition(" ")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, -(-int(quota) // int(period)))
-    quota, period = _text(root / "cpu/cpu.cfs_quota_us"), _text(root / "cpu/cpu.cfs_period_us")
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, -(-int(quota) // int(period)))
-    return max(cores, 1)
-
-
-def available_memory(root: Path = _CGROUP) -> int:
-    """Bytes that can be taken without swapping, within the limits of the control groups."""
-    free = int(psutil.virtual_memory().available)
-    for folder in _folders(root):
-        limit, used = _text(folder / "memory.max"), _text(folder / "memory.current")
-        if limit.isdigit() and used.isdigit():
-            # the page cache counts as used there, but is given up when memory is asked for
-            cache = next((line.split()[1] for line in _text(folder / "memory.stat").splitlines()
-                          if line.startswith("inactive_file ")), "0")  # fmt: skip
-            free = min(free, int(limit) - int(used) + int(cache))
-    return max(free, 0)
+    return Machine(usable_cores(), free_memory(), tuple(nvidia_gpus()))
 
 
 def nvidia_gpus() -> list[Gpu]:
@@ -99,16 +70,3 @@ def nvidia_gpus() -> list[Gpu]:
         with contextlib.suppress(ValueError):
             found.append(Gpu(name, round(float(capability) * 10), total, left))
     return found
-
-
-def _folders(root: Path) -> list[Path]:
-    """This process's control group (v2) and those above it."""
-    own = next((line[3:] for line in _text(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/")
-    folder = root / own.strip().lstrip("/")
-    return [path for path in (folder, *folder.parents) if path == root or root in path.parents]
-
-
-def _text(file: Path) -> str:
-    with contextlib.suppress(OSError):
-        return file.read_text().strip()
-    return ""
