@@ -247,3 +247,20 @@ def test_fingerprint_follows_what_is_installed_and_nothing_else(spec: Environmen
     assert same.fingerprint == spec.fingerprint
     changes = {"steps": spec.steps[:1], "check": ("-c", ""), "shims": (Shim("elsewhere", "9.9"),), "python_min": "3.12"}
     assert all(dataclasses.replace(spec, **{k: v}).fingerprint != spec.fingerprint for k, v in changes.items())
+
+
+def test_an_environment_that_an_image_brings_is_found(
+    spec: EnvironmentSpec, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # an empty volume
+    monkeypatch.setattr(environments, "known", lambda: {"tiny": spec})
+    with pytest.raises(SideEnvironmentError, match="is not installed"):
+        environments.python_of(spec)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    environments.shared_root().parent.mkdir(parents=True)
+    environments.shared_root().symlink_to(built)
+    assert environments.python_of(spec) == environments.shared_root() / "tiny" / "bin" / "python"
+    row = environments.list_environments()[0]
+    assert (row.name, row.state, row.path) == ("tiny", "ready", environments.shared_root() / "tiny")
+    assert not environments.remove("tiny")  # what the image brings is not the user's to delete
+    assert not (tmp_path / "cache").exists()

@@ -30,7 +30,7 @@ from lowbit.locks.state import STATE_FILE, State, completed, delete, locked, rea
 
 __all__ = [
     "EnvironmentSpec", "EnvironmentStatus", "Progress", "Shim", "Step", "add", "child_variables", "default_root",
-    "known", "list_environments", "parse_spec", "python_of", "remove", "run_json",
+    "known", "list_environments", "parse_spec", "python_of", "remove", "run_json", "shared_root",
 ]  # fmt: skip
 
 Standing = Literal["missing", "partial", "stale", "ready", "unknown"]
@@ -64,6 +64,12 @@ def default_root() -> Path:
     specification asks."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "lowbit" / "envs"
+
+
+def shared_root() -> Path:
+    """`share/lowbit/envs` beside this Python: environments that an image brings along, for users whose cache is empty or
+    whose root is read-only. `lowbit env add NAME --root` makes them there; they are only read afterwards."""
+    return Path(sys.prefix) / "share" / "lowbit" / "envs"
 
 
 def add(
@@ -104,17 +110,20 @@ def remove(name: str, root: Path | None = None) -> bool:
 
 def list_environments(root: Path | None = None) -> list[EnvironmentStatus]:
     """Every environment that lowbit knows, then those in `root` that it does not know (any more)."""
-    root = (root or default_root()).absolute()
-    specs = known()
-    found = [p.name for p in sorted(root.iterdir()) if (p / STATE_FILE).is_file()] if root.is_dir() else []
+    places, specs = _places(root), known()
+    own = places[-1]
+    found = [p.name for p in sorted(own.iterdir()) if (p / STATE_FILE).is_file()] if own.is_dir() else []
     rows = []
     for name in [*specs, *(n for n in found if n not in specs and not n.startswith("."))]:
-        spec, state = specs.get(name), read_state(root / name)
+        spec = specs.get(name)
+        states = {place / name: read_state(place / name) for place in places}
+        target = next((t for t, state in states.items() if _standing(spec, state, t) == "ready"), own / name)
+        state = states[target]
         rows.append(
             EnvironmentStatus(
                 name=name,
-                state=_standing(spec, state, root / name),
-                path=root / name,
+                state=_standing(spec, state, target),
+                path=target,
                 size_mib=state.size_mib if state else None,
                 expected_mib=spec.size_mib if spec else None,
                 description=spec.description if spec else "not an environment of this version of lowbit",
@@ -124,12 +133,14 @@ def list_environments(root: Path | None = None) -> list[EnvironmentStatus]:
 
 
 def python_of(environment: str | EnvironmentSpec, root: Path | None = None) -> Path:
-    """The interpreter of a ready environment. Raises SideEnvironmentError that names the command which makes it."""
+    """The interpreter of a ready environment; without a `root`, the user's own or a shared one. Raises SideEnvironmentError
+    that names the command which makes it."""
     spec = _spec(environment)
-    target = _target(spec.name, root)
-    standing = _standing(spec, read_state(target), target)
-    if standing == "ready":
-        return interpreter(target)
+    for place in _places(root):
+        target = _target(spec.name, place)
+        standing = _standing(spec, read_state(target), target)
+        if standing == "ready":
+            return interpreter(target)
     why = {"missing": "is not installed", "partial": "is not finished", "stale": "is of another version of lowbit"}
     raise SideEnvironmentError(
         f"The side environment {spec.name!r} {why[standing]} ({target}); it takes about {spec.size_mib:,} MiB and "
@@ -238,6 +249,11 @@ def _target(name: str, root: Path | None) -> Path:
     if not name or name.startswith(".") or Path(name).name != name:
         raise SideEnvironmentError(f"{name!r} is not the name of a side environment.", hint="lowbit env list")
     return (root or default_root()).absolute() / name
+
+
+def _places(root: Path | None) -> list[Path]:
+    """Where environments are looked for; the last is where they are made."""
+    return [shared_root(), default_root().absolute()] if root is None else [root.absolute()]
 
 
 def _standing(spec: EnvironmentSpec | None, state: State | None, target: Path) -> Standing:
