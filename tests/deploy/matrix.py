@@ -130,12 +130,17 @@ JOBS: list[dict[str, Any]] = [
     {"methods": ("gptq", "awq", "w8a8"), "changes": {"dataset": "pydoc"}, "parallel": 3},
     {"methods": ("gptq", "q4_k_m"), "changes": {"dataset": "pydoc"}, "device": "cpu", "queue": "team-a"},
     {"methods": ("nf4",), "claim": ""},
+    {"methods": ("gptq",), "changes": {"dataset": "pydoc"}, "gpus": 4},
+    {"methods": ("gptq", "awq"), "changes": {"dataset": "pydoc"}, "gpus": 2, "parallel": 2},
+    {"methods": ("gptq",), "changes": {"dataset": "pydoc"}, "gpus": 8, "nodes": 2},
+    {"methods": ("awq",), "changes": {"dataset": "c4"}, "nodes": 3, "token_secret": "hub", "queue": "team-a"},
+    {"methods": ("w8a8",), "gpus": 2, "nodes": 2, "claim": "", "storage_class": "fast", "name": "x" * 60},
 ]
 
 
 def job_case(settings: dict[str, Any], model: Path, index: int) -> Case:
     """The Job of a row."""
-    spec = quantize_spec(model, QuantizeWish(**{"name": f"job-{index}", **settings}))
+    spec = quantize_spec(model, QuantizeWish(**({"name": f"job-{index}"} | settings)))
     return Case(f"{index}-{'-'.join(settings['methods'])}", quantize_templates(spec),
                 quantize_files(spec, namespace="serving"), spec.name, {"prod": {}})  # fmt: skip
 

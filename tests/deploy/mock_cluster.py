@@ -18,6 +18,7 @@ KINDS = {
            "PersistentVolumeClaim": "persistentvolumeclaims", "Pod": "pods", "Event": "events"},
     "apps/v1": {"Deployment": "deployments"},
     "batch/v1": {"Job": "jobs"},
+    "jobset.x-k8s.io/v1alpha2": {"JobSet": "jobsets"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},

@@ -53,6 +53,9 @@ def test_models_of_the_official_client(every: list[dict[str, Any]]) -> None:
         for spec in templates:
             client.V1PodSpec.model_validate(spec)
             checked += 1
+        for group in each["spec"]["replicatedJobs"] if each["kind"] == "JobSet" else ():
+            client.V1JobTemplateSpec.model_validate(group["template"])
+            checked += 1
     assert checked > 300
 
 
@@ -69,6 +72,9 @@ def test_schemas_of_each_version(every: list[dict[str, Any]], version: str) -> N
     for each in every:
         if kind_of(each) not in CRDS:  # an unknown kind raises, which is a failure here
             kubernetes_validate.validate(each, version, strict=True)
+        for group in each["spec"]["replicatedJobs"] if each["kind"] == "JobSet" else ():
+            job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "of-a-jobset"}, **group["template"]}
+            kubernetes_validate.validate(job, version, strict=True)
 
 
 def test_custom_resources(every: list[dict[str, Any]]) -> None:

@@ -144,12 +144,55 @@ spec:
           command: [python, -m, lowbit.deploy.job_entry]
           args: [--model, /models/llama]
           resources: {limits: {memory: 32Gi, nvidia.com/gpu: 1}}
+---
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata: {name: together}
+spec:
+  ttlSecondsAfterFinished: 86400
+  network: {enableDNSHostnames: true, subdomain: together}
+  replicatedJobs:
+    - name: node
+      template:
+        spec:
+          completionMode: Indexed
+          completions: 2
+          parallelism: 2
+          backoffLimit: 0
+          activeDeadlineSeconds: 86400
+          template:
+            spec:
+              restartPolicy: Never
+              containers:
+                - name: quantize
+                  image: registry.example.com/lowbit:1.0
+                  command: [torchrun]
+                  args: [--nnodes, "2", --nproc-per-node, "8", --node-rank, $(JOB_COMPLETION_INDEX), --master-addr,
+                         together-node-0-0.together, -m, lowbit, quantize, /models/llama]
+                  resources: {limits: {memory: 32Gi, nvidia.com/gpu: 8}}
+                  volumeMounts: [{name: shm, mountPath: /dev/shm}, {name: output, mountPath: /output}]
+              volumes:
+                - {name: shm, emptyDir: {medium: Memory, sizeLimit: 8Gi}}
+                - {name: output, persistentVolumeClaim: {claimName: output}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: output}
+spec:
+  accessModes: [ReadWriteMany]
+  resources: {requests: {storage: 10Gi}}
 """
-VLLM, SERVICE, HPA, PDB, MONITOR, LLAMA, CLAIM, JOB = range(8)
+VLLM, SERVICE, HPA, PDB, MONITOR, LLAMA, CLAIM, JOB, JOBSET, OUTPUT = range(10)
 
 
 def pod(objects: list[dict[str, Any]], which: int) -> dict[str, Any]:
+    if which == JOBSET:
+        return inner(objects)["template"]["spec"]
     return objects[which]["spec"]["template"]["spec"]
+
+
+def inner(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    return objects[JOBSET]["spec"]["replicatedJobs"][0]["template"]["spec"]
 
 
 def box(objects: list[dict[str, Any]], which: int) -> dict[str, Any]:
@@ -157,11 +200,13 @@ def box(objects: list[dict[str, Any]], which: int) -> dict[str, Any]:
 
 
 def put(which: int, path: str, value: Any) -> Edit:
-    """Set an entry; "c." begins at the first container, "p." at the pod; "~" stands for "/" in a key; None takes it out."""
+    """Set an entry; "c." begins at the first container, "p." at the pod, "j." at the JobSet's Job; "~" stands for "/" in a
+    key; None takes it out."""
 
     def edit(objects: list[dict[str, Any]]) -> None:
         start, _, rest = path.partition(".")
-        place: Any = {"c": box, "p": pod}[start](objects, which) if start in ("c", "p") else objects[which][start]
+        starts: dict[str, Any] = {"c": box, "p": pod, "j": lambda given, _: inner(given)}
+        place: Any = starts[start](objects, which) if start in starts else objects[which][start]
         *above, last = (part.replace("~", "/") for part in rest.split("/"))
         for part in above:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
@@ -187,6 +232,14 @@ def both(*edits: Edit) -> Edit:
 
 def add(which: int, path: str, *values: Any) -> Edit:
     return lambda objects: (box if path[0] == "c" else pod)(objects, which)[path[2:]].extend(values)
+
+
+def as_job(objects: list[dict[str, Any]]) -> None:
+    """The JobSet's Job on its own, which nobody gives a subdomain."""
+    objects[JOBSET] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "together"}, "spec": inner(objects)}
+    objects[JOBSET]["spec"]["ttlSecondsAfterFinished"] = 60
+    box_of_job = objects[JOBSET]["spec"]["template"]["spec"]["containers"][0]
+    box_of_job["args"][7] = "together-0.together"
 
 
 FAULTS: list[tuple[str, str, Edit]] = [
@@ -268,6 +321,37 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("failure-policy", "no container 'q'", put(JOB, "spec.podFailurePolicy/rules/0/onExitCodes/containerName", "q")),
     ("failure-policy", "Never only", put(JOB, "p.restartPolicy", "OnFailure")),
     ("queue", "queue has admitted", put(JOB, "metadata.labels", {"kueue.x-k8s.io/queue-name": "a"})),
+    # pods and processes that work as one
+    ("rendezvous", "no host names", put(JOBSET, "spec.network/enableDNSHostnames", False)),
+    ("rendezvous", "no pod here is called together-node-0-0.together", put(JOBSET, "spec.network/subdomain", "group")),
+    ("rendezvous", "no pod here is called group-node-0-0", put(JOBSET, "c.args/7", "group-node-0-0.together")),
+    ("rendezvous", "loopback", put(JOBSET, "c.args/7", "localhost")),
+    ("rendezvous", "loopback", put(JOBSET, "c.args/6", "--standalone")),
+    ("rendezvous", "get ready only when they have met", both(
+        put(JOBSET, "spec.network/publishNotReadyAddresses", False),
+        put(JOBSET, "c.readinessProbe", {"exec": {"command": ["true"]}}))),
+    ("rendezvous", "subdomain is not set", lambda objects: as_job(objects)),
+    ("rendezvous", "no headless Service together", both(lambda objects: as_job(objects),
+                                                        put(JOBSET, "spec.template/spec/subdomain", "together"))),
+    ("torchrun-nodes", "waits for 2 pods, and 4 run", both(put(JOBSET, "j.parallelism", 4), put(JOBSET, "j.completions", 4))),
+    ("torchrun-nodes", "waits for 3 pods, and 2 run", put(JOBSET, "c.args/1", "3")),
+    ("torchrun-rank", "Indexed Jobs only", both(lambda objects: as_job(objects),
+                                                put(JOBSET, "spec.completionMode", "NonIndexed"))),
+    ("gpu-processes", "8 processes on 4 GPUs", put(JOBSET, "c.resources/limits/nvidia.com~gpu", 4)),
+    ("gpu-processes", "4 processes on 1 GPUs", more(JOB, "--", "--gpus", "4")),
+    ("no-shm", "8 processes exchange", put(JOBSET, "c.volumeMounts/0/mountPath", "/shm")),
+    ("no-shm", "4 processes exchange", both(more(JOB, "--", "--gpus", "4"),
+                                            put(JOB, "c.resources/limits/nvidia.com~gpu", 4))),
+    ("claim-mode", "several pods run at once", put(OUTPUT, "spec.accessModes", ["ReadWriteOnce"])),
+    ("group-restart", "replaced alone", put(JOBSET, "j.backoffLimit", 6)),
+    ("job-deadline", "for ever", put(JOBSET, "j.activeDeadlineSeconds", None)),
+    ("job-ttl", "for ever", put(JOBSET, "spec.ttlSecondsAfterFinished", None)),
+    ("queue", "JobSet starts before", put(JOBSET, "metadata.labels", {"kueue.x-k8s.io/queue-name": "a"})),
+    ("restart-policy", "cannot be 'Always'", put(JOBSET, "p.restartPolicy", "Always")),
+    ("name", "65 characters of at most 63", put(JOBSET, "metadata.name", "t" * 50)),
+    ("unknown-field", "'replica'", lambda objects: objects[JOBSET]["spec"]["replicatedJobs"][0].update(replica=1)),
+    ("unknown-field", "'networks'", put(JOBSET, "spec.networks", {})),
+    ("missing-field", "spec.replicatedJobs is missing", put(JOBSET, "spec.replicatedJobs", None)),
     # this field's own
     ("vllm-flag", "no --swap-space", more(VLLM, "--swap-space", "4")),
     ("vllm-flag", "no --task", more(VLLM, "--task=generate")),

@@ -13,9 +13,11 @@ from lowbit.api.memory import Model
 from lowbit.api.quantize import recipe_for
 from lowbit.core.errors import RecipeError
 from lowbit.deploy.objects.job import RECIPES
+from lowbit.deploy.objects.jobset import LONGEST_NAME
 from lowbit.deploy.objects.pod import MODELS, OUTPUT
 from lowbit.deploy.spec import QuantizeSpec, SweepItem, dns_name
 from lowbit.pipeline.estimate import estimate
+from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import make_plan
 from lowbit.recipe import Recipe
 
@@ -27,7 +29,8 @@ _LOCAL_TEXT = ("pydoc", "none", "self")
 class QuantizeWish:
     """What is asked of a Job. methods: one, or several for a sweep. recipe: a file, instead of methods. changes: fields of
     the recipes. claim: NAME[/PATH] of the checkpoint, "" for a hub id. output: NAME of the claim of artifacts. device: cpu
-    or cuda. parallel: pods of a sweep at once. The rest is as in QuantizeSpec."""
+    or cuda. gpus: of a pod. nodes: pods that share one run. parallel: pods of a sweep at once. The rest is as in
+    QuantizeSpec."""
 
     methods: tuple[str, ...] = ("gptq",)
     recipe: Path | None = None
@@ -38,7 +41,8 @@ class QuantizeWish:
     create_claim: bool = True
     storage_class: str = ""
     device: str = "auto"
-    gpus: int | None = None
+    gpus: int = 1
+    nodes: int = 1
     cpu: int | None = None
     memory: int | None = None
     image: str | None = None
@@ -58,29 +62,41 @@ def quantize_spec(model: str | Path, wish: QuantizeWish) -> QuantizeSpec:
     recipes = _recipes(wish)
     gguf = any(recipe.format == "gguf" for recipe in recipes.values())
     device = ("cpu" if gguf else "cuda") if wish.device == "auto" else wish.device
-    if (wish.gpus or 0) > 1:
-        raise RecipeError("one run uses one GPU", hint="--methods a,b,c --parallel N quantizes on several GPUs at once")
+    _check_sharing(wish, device)
     runs, largest, memory = [], 0, 0
     for name, recipe in recipes.items():
         size = shapes.size(recipe)
+        _check_shared(shapes, name, size.recipe, wish.gpus * wish.nodes)
         largest += size.file
-        memory = max(memory, _memory(shapes, size.recipe, device))
+        memory = max(memory, _memory(shapes, size.recipe, device, wish.gpus))
         suffix = ".gguf" if recipe.format == "gguf" else ""
         runs.append(SweepItem(name=dns_name(name), recipe=size.recipe.yaml(), output=f"{base}-{name}{suffix}"))
     claim, path = _claim(model, wish, base)
     offline = bool(claim) and all(_is_local(recipe) for recipe in recipes.values())
     further = ["--", "--device", device, *(["--no-verify"] if wish.no_verify else [])]
     place = f"{MODELS}/{path}" if claim else str(model)
+    index = []
+    if wish.nodes > 1:
+        index = ["--index", "0"]  # the pod's own index is its node's rank
+    elif wish.gpus > 1:
+        further += ["--gpus", str(wish.gpus)]
+    cpu = wish.cpu or (8 if device == "cpu" else 4 * wish.gpus)
+    # buffers of NCCL between the GPUs of a node
+    shm = GIB * wish.gpus if wish.gpus > 1 or wish.nodes > 1 else 0
+    name = dns_name(wish.name or f"quantize-{base}")
     try:
         return QuantizeSpec(
-            name=dns_name(wish.name or f"quantize-{base}"),
+            name=name if wish.nodes == 1 else name[:LONGEST_NAME].rstrip("-"),
             image=lowbit_image(device, wish.image),
             command=("python", "-m", "lowbit.deploy.job_entry"),
-            args=("--model", place, "--recipes", RECIPES, "--output", OUTPUT, *further),
-            env={"OMP_NUM_THREADS": str(wish.cpu or 8)} if device == "cpu" else {},
-            cpu=wish.cpu or (8 if device == "cpu" else 4),
-            memory=wish.memory or memory,
-            gpus=1 if device == "cuda" else 0,
+            args=("--model", place, "--recipes", RECIPES, "--output", OUTPUT, *index, *further),
+            # torchrun would set it to 1
+            env={"OMP_NUM_THREADS": str(max(1, cpu // wish.gpus))} if device == "cpu" or shm else {},
+            cpu=cpu,
+            memory=wish.memory or memory + shm,
+            gpus=wish.gpus if device == "cuda" else 0,
+            nodes=wish.nodes,
+            shm=shm,
             node_selector=wish.node_selector or {},
             scratch=_scratch(shapes, bool(claim)),
             token_secret=wish.token_secret,
@@ -94,6 +110,7 @@ def quantize_spec(model: str | Path, wish: QuantizeWish) -> QuantizeSpec:
             create_claim=wish.create_claim,
             storage_class=wish.storage_class,
             deadline=wish.deadline or 24 * 3600,
+            retries=6 if wish.nodes == 1 else 3,
             queue=wish.queue,
             offline=offline,
         )
@@ -101,6 +118,27 @@ def quantize_spec(model: str | Path, wish: QuantizeWish) -> QuantizeSpec:
         first = error.errors()[0]
         raise RecipeError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
                           hint="lowbit deploy quantize -h") from error  # fmt: skip
+
+
+def _check_sharing(wish: QuantizeWish, device: str) -> None:
+    if wish.nodes > 1 and (len(wish.methods) > 1 and wish.recipe is None):
+        raise RecipeError("several nodes share one run, and several methods are several runs",
+                          hint="--method ONE --nodes N, or --methods a,b,c --parallel N")  # fmt: skip
+    if wish.gpus * wish.nodes > 1 and device != "cuda":
+        raise RecipeError("processes share a run on GPUs alone", hint="--device cuda, or neither --gpus nor --nodes")
+
+
+def _check_shared(shapes: Model, name: str, recipe: Recipe, processes: int) -> None:
+    """What the pipeline does not share between processes is refused before anything is written."""
+    if processes == 1:
+        return
+    if recipe.format == "gguf":
+        raise RecipeError(f"{name}: a GGUF file is made by one process", hint="neither --gpus nor --nodes")
+    if recipe.tune.steps or learning_layers(make_plan(recipe, shapes.streamed).layers):
+        raise RecipeError(f"{name}: what is learned is learned on one GPU", hint="neither --gpus nor --nodes")
+    if recipe.calibration.num_samples < processes:
+        raise RecipeError(f"{name}: {recipe.calibration.num_samples} calibration windows cannot be shared by {processes} "
+                          "GPUs", hint=f"--num-samples of at least {processes}")  # fmt: skip
 
 
 def _recipes(wish: QuantizeWish) -> dict[str, Recipe]:
@@ -123,8 +161,8 @@ def _recipes(wish: QuantizeWish) -> dict[str, Recipe]:
     return made
 
 
-def _memory(shapes: Model, recipe: Recipe, device: str) -> int:
-    """Bytes of the container: the pipeline's estimate with a third to spare; beside a GPU, what is read ahead."""
+def _memory(shapes: Model, recipe: Recipe, device: str, gpus: int) -> int:
+    """Bytes of the container: the pipeline's estimate with a third to spare; beside GPUs, what each process reads ahead."""
     if recipe.format == "gguf":
         vocabulary = 4 * shapes.shape.vocabulary * shapes.shape.hidden
         return 4 * GIB + 4 * vocabulary
@@ -133,7 +171,7 @@ def _memory(shapes: Model, recipe: Recipe, device: str) -> int:
     need = estimate(plan, shapes.streamed, text.num_samples, text.seq_len, sequential=recipe.sequential).memory
     block = 2 * sum(parameter.numel() for parameter in shapes.streamed.blocks[0].parameters())
     ends = 2 * 2 * shapes.shape.vocabulary * shapes.shape.hidden
-    return int(1.33 * need) + 2 * GIB + ends if device == "cpu" else 8 * GIB + 4 * block + 2 * ends
+    return int(1.33 * need) + 2 * GIB + ends if device == "cpu" else 4 * GIB + gpus * (4 * GIB + 4 * block + 2 * ends)
 
 
 def _states(recipes: dict[str, Recipe], shapes: Model) -> int:

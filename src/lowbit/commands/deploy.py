@@ -98,7 +98,7 @@ def serve(
     folder = output or Path(f"deploy-{made.spec.name}")
     write(files, folder)
     spec = made.spec
-    on = f"{spec.gpus} GPU{'s' * (spec.gpus > 1)}" if spec.gpus else f"{spec.cpu} cores"
+    on = _several(spec.gpus, "GPU") if spec.gpus else f"{spec.cpu} cores"
     print(f"{folder}: {spec.model} by {made.runtime.title}, {spec.image.reference}, {on}, "
           f"{spec.memory / 2**30:.0f} GiB of memory a pod")  # fmt: skip
     _next(folder, target)
@@ -130,7 +130,9 @@ def quantize(
     existing_claim: Annotated[bool, typer.Option("--existing-claim", help="It is there: do not create it.")] = False,
     storage_class: Annotated[str, typer.Option(help="Of the created claim.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    cpu: Annotated[int | None, typer.Option(min=1, help="Cores.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Of a pod; they share a run.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Pods that share one run: a JobSet, joined by torchrun.")] = 1,
+    cpu: Annotated[int | None, typer.Option(min=1, help="Cores.", show_default="4 a GPU, 8 without")] = None,
     memory: Memory = None,
     image: Image = None,
     parallel: Annotated[int, typer.Option(min=1, help="Pods of a sweep at once.")] = 1,
@@ -148,6 +150,8 @@ def quantize(
     lowbit deploy quantize meta-llama/Llama-3.1-8B --method gptq --group-size 128 --hub-secret hf -o job
 
     lowbit deploy quantize ./model --methods gptq,awq,int8_sq,fp8 --parallel 4 --claim models/llama
+
+    lowbit deploy quantize ./llama-70b --method gptq --nodes 2 --gpus 8 --claim models/llama-70b
     """
     from lowbit.api.deploy import quantize_files, write
     from lowbit.api.deploy_quantize import QuantizeWish, quantize_spec
@@ -158,17 +162,19 @@ def quantize(
     wish = QuantizeWish(
         methods=tuple(filter(None, (each.strip() for each in methods.split(",")))), recipe=recipe,
         changes={key: value for key, value in changes.items() if value is not None}, name=name, claim=claim,
-        output=output_claim, create_claim=not existing_claim, storage_class=storage_class, device=device, cpu=cpu,
-        memory=_gib(memory), image=image, parallel=parallel, queue=queue, token_secret=hub_secret,
+        output=output_claim, create_claim=not existing_claim, storage_class=storage_class, device=device, gpus=gpus,
+        nodes=nodes, cpu=cpu, memory=_gib(memory), image=image, parallel=parallel, queue=queue, token_secret=hub_secret,
         node_selector=_labels(node), deadline=hours * 3600, no_verify=no_verify,
     )  # fmt: skip
     spec = quantize_spec(model, wish)
     folder = output or Path(f"deploy-{spec.name}")
     write(quantize_files(spec, target=target, namespace=namespace, models=str(models)), folder)
     amounts = (
-        f"{spec.memory / 2**30:.0f} GiB of memory, {spec.gpus} GPU a pod, {spec.output_bytes / 2**30:.0f} GiB of disk"
+        f"{_several(spec.gpus, 'GPU')} and {spec.memory / 2**30:.0f} GiB of memory a pod, "
+        f"{spec.output_bytes / 2**30:.0f} GiB of disk"
     )
-    print(f"{folder}: {len(spec.runs)} runs of {spec.model}, {amounts}")
+    shared = f" on {spec.nodes} nodes" if spec.nodes > 1 else ""
+    print(f"{folder}: {_several(len(spec.runs), 'run')} of {spec.model}{shared}, {amounts}")
     _next(folder, target)
 
 
@@ -184,6 +190,10 @@ def _next(folder: Path, target: str) -> None:
         print(f"next: read {folder}/README.md; lowbit deploy validate {folder}/kustomize/overlays/prod")
     elif target == "compose":
         print(f"next: docker compose -f {folder}/compose.yaml up")
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _gib(given: int | None) -> int | None:

@@ -255,6 +255,7 @@ def _provider(version: str) -> str:
         "keda.sh": "install KEDA, or --autoscale hpa",
         "monitoring.coreos.com": "install the Prometheus operator, or --no-monitoring",
         "leaderworkerset.x-k8s.io": "install LeaderWorkerSet",
+        "jobset.x-k8s.io": "install JobSet, or --nodes 1",
         "gateway.networking.k8s.io": "install the Gateway API, or --route ingress",
         "serving.kserve.io": "install KServe, or leave --kserve out",
     }

@@ -36,7 +36,7 @@ def costs(contents: Objects) -> list[Cost]:
     for number, content in enumerate(contents):
         document = Document(Path("-"), number, content)
         for index, pod in enumerate(pods(document)):
-            least, most = _replicas(content, contents)
+            least, most = _jobset(pod) if content["kind"] == "JobSet" else _replicas(content, contents)
             size = int(at(content, "spec", "leaderWorkerTemplate", "size") or 1)
             several = 1 if content["kind"] != "LeaderWorkerSet" else 1 if index == 0 else size - 1
             role = "" if content["kind"] != "LeaderWorkerSet" else (" leader", " workers")[index]
@@ -73,6 +73,14 @@ def _replicas(content: Mapping[str, Any], contents: Objects) -> tuple[int, int]:
             least = own.get("minReplicas", own.get("minReplicaCount", 1))
             return int(least), int(own.get("maxReplicas", own.get("maxReplicaCount", 1)))
     count = int(spec.get("replicas") or 1)
+    return count, count
+
+
+def _jobset(pod: Pod) -> tuple[int, int]:
+    """Pods of the replicated Job that the pod's template belongs to."""
+    group = mapping(at(pod.document.content, *pod.path[:3]))
+    job = mapping(at(group, "template", "spec"))
+    count = int(group.get("replicas", 1)) * int(job.get("parallelism", 1))
     return count, count
 
 

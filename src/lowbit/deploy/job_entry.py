@@ -2,10 +2,11 @@
 
     python -m lowbit.deploy.job_entry --model /models/llama --recipes /recipes --output /output -- --device cuda
 
-Recipe and place come from INDEX.yaml and INDEX.output in the folder of recipes; the index is JOB_COMPLETION_INDEX, which
-Kubernetes sets in Indexed Jobs, else 0. A result that is there already, by the same recipe, is a success: a pod can be
-lost after the last rename. SIGTERM ends it at once, which process 1 of a container would ignore without a handler; the
-journal on the output volume lets the next pod go on. Exit codes are those of `lowbit`.
+Recipe and place come from INDEX.yaml and INDEX.output in the folder of recipes; the index is --index, else
+JOB_COMPLETION_INDEX, which Kubernetes sets in Indexed Jobs, else 0. torchrun starts it once for every process of a
+run. A result that is there already, by the same recipe, is a success: a pod can be lost after the last rename.
+SIGTERM ends it at once, which process 1 of a container would ignore without a handler; the journal on the output
+volume lets the next pod go on. Exit codes are those of `lowbit`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
     """Entry point."""
     own, further = _split(sys.argv[1:])
     arguments = _parser().parse_args(own)
-    index = os.environ.get("JOB_COMPLETION_INDEX", "0")
+    index = arguments.index or os.environ.get("JOB_COMPLETION_INDEX", "0")
     recipe = arguments.recipes / f"{index}.yaml"
     named = arguments.recipes / f"{index}.output"
     if not (recipe.is_file() and named.is_file()):
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="checkpoint or hub id")
     parser.add_argument("--recipes", required=True, type=Path, help="folder of INDEX.yaml and INDEX.output")
     parser.add_argument("--output", required=True, type=Path, help="volume of artifacts")
+    parser.add_argument("--index", help="which of the recipes, whatever the pod's own index is")
     return parser
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lowbit.deploy.cluster import Cluster, ClusterError, Say
 from lowbit.deploy.template import Objects
 
-_WAITED = ("Deployment", "Job", "LeaderWorkerSet", "LLMInferenceService")
+_WAITED = ("Deployment", "Job", "JobSet", "LeaderWorkerSet", "LLMInferenceService")
 # of these no pod recovers without a person
 _HOPELESS = (
     "ImagePullBackOff",
@@ -53,6 +53,8 @@ def _state(found: Mapping[str, Any]) -> tuple[str, str]:
     conditions = {each["type"]: each for each in status.get("conditions") or ()}
     if found.get("kind") == "Job":
         return _job(spec, status, conditions)
+    if found.get("kind") == "JobSet":
+        return _jobset(spec, status, conditions)
     if found.get("kind") != "Deployment":
         ready = conditions.get("Available") or conditions.get("Ready") or {}
         return ("ready" if ready.get("status") == "True" else "waiting"), str(
@@ -82,6 +84,19 @@ def _job(spec: Mapping[str, Any], status: Mapping[str, Any], conditions: Mapping
     )
 
 
+def _jobset(spec: Mapping[str, Any], status: Mapping[str, Any], conditions: Mapping[str, Any]) -> tuple[str, str]:
+    for kind, state in (("Completed", "ready"), ("Failed", "failed")):
+        if (conditions.get(kind) or {}).get("status") == "True":
+            return state, f"{conditions[kind].get('reason', '')} {conditions[kind].get('message', '')}".strip()
+    if spec.get("suspend"):
+        return "waiting", "suspended until its queue admits it"
+    ready = sum(each.get("ready", 0) for each in status.get("replicatedJobsStatus") or ())
+    return (
+        "waiting",
+        f"{ready} of {len(spec.get('replicatedJobs') or ())} Jobs ready, {status.get('restarts', 0)} restarts",
+    )
+
+
 def _pods(cluster: Cluster, content: Mapping[str, Any]) -> Objects:
     labels = (content["metadata"].get("labels") or {}).items()
     chosen = [
@@ -91,6 +106,8 @@ def _pods(cluster: Cluster, content: Mapping[str, Any]) -> Objects:
     selector = ",".join(f"{key}={value}" for key, value in own.items()) or ",".join(chosen)
     if content["kind"] == "Job":
         selector = f"batch.kubernetes.io/job-name={content['metadata']['name']}"
+    if content["kind"] == "JobSet":
+        selector = f"jobset.sigs.k8s.io/jobset-name={content['metadata']['name']}"
     return cluster.items("pods", cluster.namespace_of(content), labelSelector=selector)
 
 

@@ -134,14 +134,17 @@ class QuantizeSpec(Common):
     """A quantization.
 
     model: path of the checkpoint in the container, or a hub id. model_claim: claim that holds it, "" for a hub id.
-    runs: one for a Job, several for an Indexed Job. output_claim: where artifacts and journal lie; created with
-    output_bytes where create_claim. deadline: seconds for all tries. queue: Kueue's, "" for none.
+    runs: one for a Job, several for an Indexed Job. nodes: more than 1 makes a JobSet, of one run. output_claim:
+    where artifacts and journal lie; created with output_bytes where create_claim. deadline: seconds for all tries (of
+    a JobSet: of each). queue: Kueue's, "" for none.
     """
 
     model: str
     model_claim: str = ""
     runs: tuple[SweepItem, ...] = Field(min_length=1)
     parallel: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    shm: int = Field(default=0, ge=0)
     output_claim: str
     output_bytes: int = Field(ge=0)
     create_claim: bool = True

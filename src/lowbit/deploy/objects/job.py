@@ -1,4 +1,4 @@
-"""Quantization: a Job (or an Indexed Job, one recipe a pod), its recipes in a ConfigMap, its volumes.
+"""Quantization: a Job (several recipes: an Indexed Job; several nodes: a JobSet), its recipes in a ConfigMap, its volumes.
 
 The artifact grows beside its place on the output volume, with a journal, and is renamed when it is done: a pod that is
 evicted costs the block in hand, and the next one goes on.
@@ -7,6 +7,7 @@ evicted costs the block in hand, and the next one goes on.
 from __future__ import annotations
 
 from lowbit.deploy.objects import pod
+from lowbit.deploy.objects.jobset import PORT, job_set, torchrun
 from lowbit.deploy.objects.network import job_policy
 from lowbit.deploy.quantity import gibibytes
 from lowbit.deploy.spec import QuantizeSpec
@@ -24,6 +25,8 @@ def quantize_templates(spec: QuantizeSpec) -> list[Template]:
     if spec.create_claim:
         templates.append(Template("output.yaml", _output(spec)))
     policy = Template("networkpolicy.yaml", job_policy(spec), ("networkPolicy.enabled", True))
+    if spec.nodes > 1:
+        return [*templates, policy, Template("jobset.yaml", job_set(spec, _metadata(spec), _template(spec)))]
     return [*templates, policy, Template("job.yaml", _job(spec))]
 
 
@@ -41,8 +44,7 @@ def _recipes(spec: QuantizeSpec) -> Tree:
 
 def _output(spec: QuantizeSpec) -> Tree:
     storage = {"storageClassName": Value("output.storageClass", spec.storage_class, "")} if spec.storage_class else {}
-    # pods of a sweep run on several nodes
-    mode = "ReadWriteMany" if len(spec.runs) > 1 and spec.parallel > 1 else "ReadWriteOnce"
+    spread = spec.nodes > 1 or (len(spec.runs) > 1 and spec.parallel > 1)
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -51,18 +53,21 @@ def _output(spec: QuantizeSpec) -> Tree:
             "name": Value("output.claim", spec.output_claim, "Claim of artifacts."),
         },
         "spec": {
-            "accessModes": [mode],
+            "accessModes": ["ReadWriteMany" if spread else "ReadWriteOnce"],
             **storage,
             "resources": {"requests": {"storage": Value("output.size", gibibytes(spec.output_bytes), "Of the claim.")}},
         },
     }
 
 
+def _metadata(spec: QuantizeSpec) -> dict[str, Tree]:
+    metadata = pod.metadata(COMPONENT)
+    queue = {"kueue.x-k8s.io/queue-name": spec.queue} if spec.queue else {}
+    return {**metadata, "labels": {**metadata["labels"], **queue}}
+
+
 def _job(spec: QuantizeSpec) -> Tree:
     several = len(spec.runs) > 1
-    queue = {"kueue.x-k8s.io/queue-name": spec.queue} if spec.queue else {}
-    metadata = pod.metadata(COMPONENT)
-    metadata["labels"] = {**metadata["labels"], **queue}
     indexed: dict[str, Tree] = {}
     if several:
         parallel = Value("parallel", spec.parallel, "Pods at once.")
@@ -78,19 +83,21 @@ def _job(spec: QuantizeSpec) -> Tree:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata,
+        "metadata": _metadata(spec),
         "spec": {
             **({"suspend": True} if spec.queue else {}),
             **(indexed or {"backoffLimit": spec.retries}),
             "activeDeadlineSeconds": Value("deadline", spec.deadline, "Seconds for all tries together."),
             "ttlSecondsAfterFinished": Value("keep", spec.keep, "Seconds until a finished Job is removed."),
             "podFailurePolicy": {"rules": rules},
-            "template": {
-                "metadata": {"labels": {**pod.selector(COMPONENT), "app.kubernetes.io/component": COMPONENT}},
-                "spec": _pod(spec),
-            },
+            "template": _template(spec),
         },
     }
+
+
+def _template(spec: QuantizeSpec) -> Tree:
+    return {"metadata": {"labels": {**pod.selector(COMPONENT), "app.kubernetes.io/component": COMPONENT}},
+            "spec": _pod(spec)}  # fmt: skip
 
 
 def _pod(spec: QuantizeSpec) -> Tree:
@@ -102,6 +109,8 @@ def _pod(spec: QuantizeSpec) -> Tree:
     if spec.model_claim:
         claim = Value("model.claim", spec.model_claim, "PersistentVolumeClaim with the checkpoint.")
         volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+    if spec.shm:
+        volumes.append(pod.shm_volume(spec.shm))
     return {
         "serviceAccountName": Release(),
         "automountServiceAccountToken": False,
@@ -123,15 +132,29 @@ def _container(spec: QuantizeSpec) -> Tree:
     ]
     if spec.model_claim:
         mounts.append({"name": "models", "mountPath": pod.MODELS, "readOnly": True})
+    if spec.shm:
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     offline = [{"name": "HF_HUB_OFFLINE", "value": "1"}] if spec.offline else []
+    ports = {"ports": [{"name": "rendezvous", "containerPort": PORT, "protocol": "TCP"}]} if spec.nodes > 1 else {}
     return {
         "name": COMPONENT,
         "image": pod.image(spec.image),
         "imagePullPolicy": pod.always_pull(),
-        "command": list(spec.command),
-        "args": list(spec.args),
+        **_program(spec),
         "env": [*pod.environment(spec), *offline, *pod.token(spec)],
+        **ports,
         "resources": pod.resources(spec),
         "securityContext": pod.container_security(),
         "volumeMounts": mounts,
     }
+
+
+def _program(spec: QuantizeSpec) -> dict[str, Tree]:
+    """Command and arguments; `python -m MODULE` becomes `torchrun ... -m MODULE` for several nodes."""
+    gpus = Value("resources.gpus", str(spec.gpus), "")
+    # the processes are as many as the GPUs
+    follow = [index > 0 and spec.args[index - 1] == "--gpus" for index in range(len(spec.args))]
+    args: list[Tree] = [gpus if linked else word for word, linked in zip(spec.args, follow, strict=True)]
+    if spec.nodes == 1:
+        return {"command": list(spec.command), "args": args}
+    return {"command": ["torchrun"], "args": [*torchrun(spec, gpus), spec.command[-1], *args]}

@@ -52,7 +52,11 @@ def network_policy(spec: ServeSpec) -> Tree:
 
 
 def job_policy(spec: QuantizeSpec) -> Tree:
-    """Nothing in; out: names, and the hub unless all is at hand."""
+    """Nothing in; out: names, and the hub unless all is at hand. Pods of several nodes talk to one another freely."""
+    out: list[Tree] = [] if spec.offline else [_DNS, _HTTPS]
+    group = [{"podSelector": {"matchLabels": pod.selector("quantize")}}]
+    if spec.nodes > 1:
+        out = [_DNS, *out[1:], {"to": group}]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -60,8 +64,8 @@ def job_policy(spec: QuantizeSpec) -> Tree:
         "spec": {
             "podSelector": {"matchLabels": pod.selector("quantize")},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [],
-            "egress": [] if spec.offline else [_DNS, _HTTPS],
+            "ingress": [{"from": group}] if spec.nodes > 1 else [],
+            "egress": out,
         },
     }
 

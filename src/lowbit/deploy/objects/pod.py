@@ -106,6 +106,11 @@ def scratch_volumes(spec: Common) -> list[Tree]:
     ]
 
 
+def shm_volume(nbytes: int) -> dict[str, Tree]:
+    """/dev/shm, which has 64 MiB in a container: where processes of one pod hand tensors to each other."""
+    return {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(nbytes)}}
+
+
 def model_volume(source: Volume, nbytes: int) -> dict[str, Tree]:
     """The volume with the model, only for reading."""
     if source.kind == "claim":

@@ -7,7 +7,6 @@ import math
 from lowbit.deploy.objects import pod
 from lowbit.deploy.objects.network import network_policy, route
 from lowbit.deploy.objects.scaling import autoscaler, disruption_budget, service_monitor
-from lowbit.deploy.quantity import gibibytes
 from lowbit.deploy.spec import ServeSpec
 from lowbit.deploy.template import Release, Template, Tree, Value, When
 
@@ -156,7 +155,7 @@ def _pod_metadata() -> Tree:
 def _pod(spec: ServeSpec, container: dict[str, Tree]) -> dict[str, Tree]:
     volumes = [pod.model_volume(spec.source, spec.weight_bytes), *pod.scratch_volumes(spec)]
     if spec.shm:
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(spec.shm)}})
+        volumes.append(pod.shm_volume(spec.shm))
     spread = {
         "maxSkew": 1,
         "topologyKey": "kubernetes.io/hostname",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowbit.deploy.objects.pod import MODELS
 from lowbit.deploy.quantity import gibibytes
 from lowbit.deploy.spec import QuantizeSpec, ServeSpec
 
@@ -67,20 +68,40 @@ Sizes: {gibibytes(spec.weight_bytes)} of weights, {gibibytes(spec.memory)} of me
 def quantize_guide(spec: QuantizeSpec, title: str, namespace: str) -> str:
     """For a Job."""
     option = f" -n {namespace}" if namespace else ""
-    model = f"A claim `{spec.model_claim}` with the checkpoint at `{spec.model}`." if spec.model_claim else (
-        f"The hub, from where {spec.model} is downloaded.")  # fmt: skip
-    claim = "is created" if spec.create_claim else "has to be there"
-    queue = f"\n4. Kueue with a LocalQueue `{spec.queue}`, which starts the suspended Job." if spec.queue else ""
+    several = spec.nodes > 1
+    modes = "ReadWriteMany, for pods on several nodes" if several else "artifacts and journal"
+    steps = [
+        f"A claim `{spec.model_claim}` with the checkpoint at `{spec.model.removeprefix(MODELS)}`"
+        + (", ReadOnlyMany or ReadWriteMany." if several else ".")
+        if spec.model_claim
+        else f"The hub, from where {spec.model} is downloaded.",
+        f"The claim `{spec.output_claim}` ({gibibytes(spec.output_bytes)}, {modes}): it "
+        + ("is created." if spec.create_claim else "has to be there."),
+        f"The image {spec.image.reference}: build it with docker/ of lowbit and push it to a registry of yours.",
+    ]
+    if several:
+        steps.append("The JobSet controller (v1alpha2, 0.8 or newer).")
+    if spec.queue:
+        steps.append(f"Kueue with a LocalQueue `{spec.queue}`, which starts what is suspended.")
+    if spec.gpus:
+        steps.append("Nodes with the NVIDIA device plugin.")
+    numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+    log = f"-f -l jobset.sigs.k8s.io/jobset-name={spec.name} --prefix" if several else f"-f job/{spec.name}"
     return f"""# {spec.name}: {title}
 
-1. {model}
-2. The claim `{spec.output_claim}` ({gibibytes(spec.output_bytes)}) for artifacts and journal: it {claim}.
-3. The image {spec.image.reference}: build it with docker/ of lowbit and push it to a registry of yours.{queue}
+What has to be there first:
 
+{numbered}
+
+Check, see what it takes, apply (one of the two), follow:
+
+    lowbit deploy validate kustomize/overlays/prod
+    lowbit deploy plan kustomize/overlays/prod
     lowbit deploy apply kustomize/overlays/prod{option.replace("-n", "--namespace")} --wait
-    kubectl{option} logs -f job/{spec.name}
+    helm{option} upgrade --install {spec.name} chart
+    kubectl{option} logs {log}
 
-A pod that is evicted costs the block in hand: the next one continues from the journal on the output volume. Jobs cannot
-be changed: delete it before applying another. `lowbit deploy delete` keeps the claim with the artifacts, unless
+A pod that is evicted costs the block in hand: the next one continues from the journal on the output volume. What runs
+cannot be changed: delete it before applying another. `lowbit deploy delete` keeps the claim with the artifacts, unless
 --with-data is given.
 """

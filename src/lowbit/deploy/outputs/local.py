@@ -37,14 +37,16 @@ def compose_serve(spec: ServeSpec, models: str) -> dict[str, str]:
             "start_period": f"{load_seconds(spec)}s",
         },
     }
-    if spec.shm:
-        service["shm_size"] = f"{math.ceil(spec.shm / _MIB)}m"
+    service |= _shm(spec.shm)
     files = {"compose.yaml": to_yaml({"name": spec.name, "services": {"server": service}})}
     return files | ({".env.example": "".join(f"{name}=\n" for name in key)} if key else {})
 
 
 def compose_quantize(spec: QuantizeSpec, models: str, output: str) -> dict[str, str]:
-    """compose.yaml of a quantization, with its recipes beside it; run it again to continue."""
+    """compose.yaml of a quantization, with its recipes beside it; run it again to continue. Raises RecipeError for several
+    nodes."""
+    if spec.nodes > 1:
+        raise RecipeError("compose knows one machine", hint="--nodes 1, or --target kubernetes")
     services = {}
     files = {}
     for index, run in enumerate(spec.runs):
@@ -56,9 +58,14 @@ def compose_quantize(spec: QuantizeSpec, models: str, output: str) -> dict[str, 
             "volumes": ["./recipes:/recipes:ro", f"{output}:{OUTPUT}"]
             + ([f"{models}:{MODELS}:ro"] if spec.model_claim else []),
             "restart": "on-failure:6",
+            **_shm(spec.shm),
         }
         services[run.name] = service
     return {"compose.yaml": to_yaml({"name": spec.name, "services": services}), **files}
+
+
+def _shm(nbytes: int) -> dict[str, str]:
+    return {"shm_size": f"{math.ceil(nbytes / _MIB)}m"} if nbytes else {}
 
 
 def _service(spec: Common) -> dict[str, Any]:

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lowbit.deploy.documents import Document
-from lowbit.deploy.validate import fields, jobs, objects, pods, probes, quantizers, resources, servers, sizes
+from lowbit.deploy.validate import (
+    fields,
+    groups,
+    jobs,
+    objects,
+    pods,
+    probes,
+    quantizers,
+    resources,
+    servers,
+    sizes,
+    types,
+)
 from lowbit.deploy.validate.finding import Finding
 
 Rule = Callable[[Document, Sequence[Document]], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     *fields.RULES,
+    *types.RULES,
     *objects.RULES,
     *pods.RULES,
     *resources.RULES,
     *probes.RULES,
     *jobs.RULES,
+    *groups.RULES,
     *servers.RULES,
     *sizes.RULES,
     *quantizers.RULES,

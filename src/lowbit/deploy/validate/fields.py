@@ -1,4 +1,4 @@
-"""Shape: fields that are missing, unknown or mistyped, names that are no names, API versions that are gone."""
+"""Shape: fields that are missing or unknown, names that are no names, API versions that are gone."""
 
 from __future__ import annotations
 
@@ -8,143 +8,28 @@ from collections.abc import Iterator, Sequence
 
 from lowbit.deploy.documents import Document, KeyPath
 from lowbit.deploy.validate.finding import REMOVE, Change, Finding
-from lowbit.deploy.validate.view import at, items, mapping, pods
+from lowbit.deploy.validate.known import CONTAINER, DEPLOYMENT, JOB, JOBSET, POD, REMOVED, REPLICATED_JOB
+from lowbit.deploy.validate.view import at, items, jobs, mapping, pods
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-_REMOVED = {
-    ("extensions/v1beta1", "Deployment"): "apps/v1",
-    ("apps/v1beta1", "Deployment"): "apps/v1",
-    ("apps/v1beta2", "Deployment"): "apps/v1",
-    ("extensions/v1beta1", "Ingress"): "networking.k8s.io/v1",
-    ("networking.k8s.io/v1beta1", "Ingress"): "networking.k8s.io/v1",
-    ("batch/v1beta1", "CronJob"): "batch/v1",
-    ("policy/v1beta1", "PodDisruptionBudget"): "policy/v1",
-    ("autoscaling/v2beta1", "HorizontalPodAutoscaler"): "autoscaling/v2",
-    ("autoscaling/v2beta2", "HorizontalPodAutoscaler"): "autoscaling/v2",
-}
-_CONTAINER = frozenset(
-    [
-        "name",
-        "image",
-        "imagePullPolicy",
-        "command",
-        "args",
-        "workingDir",
-        "env",
-        "envFrom",
-        "ports",
-        "resources",
-        "resizePolicy",
-        "restartPolicy",
-        "restartPolicyRules",
-        "volumeMounts",
-        "volumeDevices",
-        "livenessProbe",
-        "readinessProbe",
-        "startupProbe",
-        "lifecycle",
-        "terminationMessagePath",
-        "terminationMessagePolicy",
-        "securityContext",
-        "stdin",
-        "stdinOnce",
-        "tty",
-    ]
-)
-_POD = frozenset(
-    [
-        "containers",
-        "initContainers",
-        "ephemeralContainers",
-        "volumes",
-        "restartPolicy",
-        "terminationGracePeriodSeconds",
-        "activeDeadlineSeconds",
-        "dnsPolicy",
-        "dnsConfig",
-        "nodeSelector",
-        "nodeName",
-        "serviceAccountName",
-        "serviceAccount",
-        "automountServiceAccountToken",
-        "hostNetwork",
-        "hostPID",
-        "hostIPC",
-        "hostUsers",
-        "hostname",
-        "hostnameOverride",
-        "subdomain",
-        "shareProcessNamespace",
-        "securityContext",
-        "imagePullSecrets",
-        "affinity",
-        "schedulerName",
-        "tolerations",
-        "hostAliases",
-        "priorityClassName",
-        "priority",
-        "preemptionPolicy",
-        "overhead",
-        "readinessGates",
-        "runtimeClassName",
-        "enableServiceLinks",
-        "setHostnameAsFQDN",
-        "topologySpreadConstraints",
-        "os",
-        "schedulingGates",
-        "resourceClaims",
-        "resources",
-        "workloadRef",
-        "schedulingGroup",
-    ]
-)
-_DEPLOYMENT = frozenset(
-    [
-        "replicas",
-        "selector",
-        "template",
-        "strategy",
-        "minReadySeconds",
-        "revisionHistoryLimit",
-        "paused",
-        "progressDeadlineSeconds",
-    ]
-)
-_JOB = frozenset(
-    [
-        "template",
-        "parallelism",
-        "completions",
-        "activeDeadlineSeconds",
-        "podFailurePolicy",
-        "successPolicy",
-        "backoffLimit",
-        "backoffLimitPerIndex",
-        "maxFailedIndexes",
-        "selector",
-        "manualSelector",
-        "ttlSecondsAfterFinished",
-        "completionMode",
-        "suspend",
-        "podReplacementPolicy",
-        "managedBy",
-        "scheduling",
-    ]
-)
 
 
 def _unknown(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
-    known = {"Deployment": _DEPLOYMENT, "Job": _JOB}.get(document.kind)
+    known = {"Deployment": DEPLOYMENT, "JobSet": JOBSET}.get(document.kind)
     if known is not None:
         yield from _check(document, ("spec",), mapping(document.content.get("spec")), known)
+    for path, spec in jobs(document):
+        yield from _check(document, path, spec, JOB)
+        if document.kind == "JobSet":
+            yield from _check(document, path[:3], mapping(at(document.content, *path[:3])), REPLICATED_JOB)
     for pod in pods(document):
         if not document.kind:
             continue
-        yield from _check(document, pod.path, pod.spec, _POD)
+        yield from _check(document, pod.path, pod.spec, POD)
         for container in pod.every_container:
-            yield from _check(document, container.path, container.content, _CONTAINER)
+            yield from _check(document, container.path, container.content, CONTAINER)
 
 
 def _check(document: Document, path: KeyPath, content: dict[str, object], known: frozenset[str]) -> Iterator[Finding]:
@@ -186,6 +71,7 @@ def _missing(document: Document, documents: Sequence[Document]) -> Iterator[Find
         "Deployment": ("selector", "template"),
         "StatefulSet": ("selector", "template"),
         "Job": ("template",),
+        "JobSet": ("replicatedJobs",),
         "Service": ("ports",),
         "PersistentVolumeClaim": ("accessModes", "resources"),
     }
@@ -208,78 +94,6 @@ def _missing(document: Document, documents: Sequence[Document]) -> Iterator[Find
                     yield Finding(
                         "missing-field", "error", document, container.path, f"a container has no {key}", f"add {key}"
                     )
-
-
-def _types(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
-    for key in ("replicas", "backoffLimit", "completions", "parallelism", "progressDeadlineSeconds"):
-        value = at(document.content, "spec", key)
-        if isinstance(value, str):
-            fix = (Change(("spec", key), int(value)),) if value.isdigit() else ()
-            yield Finding(
-                "wrong-type",
-                "error",
-                document,
-                ("spec", key),
-                f"{key} is the text {value!r}, not a number",
-                "write it without quotes",
-                fix,
-            )
-    for pod in pods(document):
-        for container in pod.every_container:
-            for key in ("command", "args"):
-                given = container.content.get(key)
-                if isinstance(given, str):
-                    yield Finding(
-                        "wrong-type",
-                        "error",
-                        document,
-                        (*container.path, key),
-                        f"{key} is one text, not a list",
-                        "write one item for each word",
-                        (Change((*container.path, key), given.split()),),
-                    )
-                for index, word in enumerate(given if isinstance(given, list) else ()):
-                    if not isinstance(word, str):
-                        place = (*container.path, key, index)
-                        yield Finding(
-                            "wrong-type",
-                            "error",
-                            document,
-                            place,
-                            f"{word!r} is no text",
-                            "quote it",
-                            (Change(place, _text(word)),),
-                        )
-            for index, entry in enumerate(items(container.content.get("env"))):
-                value = entry.get("value")
-                if value is not None and not isinstance(value, str):
-                    place = (*container.path, "env", index, "value")
-                    yield Finding(
-                        "wrong-type",
-                        "error",
-                        document,
-                        place,
-                        f"{entry.get('name')} is {value!r}, and variables are text",
-                        "quote it",
-                        (Change(place, _text(value)),),
-                    )
-            for index, port in enumerate(items(container.content.get("ports"))):
-                if isinstance(port.get("containerPort"), str):
-                    place = (*container.path, "ports", index, "containerPort")
-                    fix = (Change(place, int(port["containerPort"])),) if port["containerPort"].isdigit() else ()
-                    yield Finding(
-                        "wrong-type",
-                        "error",
-                        document,
-                        place,
-                        "containerPort is a text, not a number",
-                        "write it without quotes",
-                        fix,
-                    )
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _names(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
@@ -314,7 +128,7 @@ def _name(document: Document, path: KeyPath, name: str) -> Finding:
 
 def _versions(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
     given = str(document.content.get("apiVersion"))
-    newer = _REMOVED.get((given, document.kind))
+    newer = REMOVED.get((given, document.kind))
     if newer is not None:
         yield Finding(
             "removed-api",
@@ -327,4 +141,4 @@ def _versions(document: Document, documents: Sequence[Document]) -> Iterator[Fin
         )
 
 
-RULES = (_unknown, _missing, _types, _names, _versions)
+RULES = (_unknown, _missing, _names, _versions)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from lowbit.deploy.documents import Document
 from lowbit.deploy.validate.finding import Change, Finding
-from lowbit.deploy.validate.view import at, items, mapping, pods
+from lowbit.deploy.validate.view import at, items, jobs, mapping, pods
 
 
 def _restart(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
     for pod in pods(document):
         given, place = pod.spec.get("restartPolicy"), (*pod.path, "restartPolicy")
-        if document.kind in ("Job", "CronJob") and given not in ("Never", "OnFailure"):
+        if document.kind in ("Job", "CronJob", "JobSet") and given not in ("Never", "OnFailure"):
             said = "Always, which is the default" if given is None else repr(given)
             yield Finding(
                 "restart-policy",
@@ -36,21 +36,20 @@ def _restart(document: Document, documents: Sequence[Document]) -> Iterator[Find
 
 
 def _limits(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
-    if document.kind != "Job":
-        return
-    spec = mapping(document.content.get("spec"))
     asks = any(container.gpus for pod in pods(document) for container in pod.containers)
-    if asks and spec.get("activeDeadlineSeconds") is None:
-        yield Finding(
-            "job-deadline",
-            "warning",
-            document,
-            ("spec",),
-            "a Job that hangs keeps its GPU for ever",
-            "activeDeadlineSeconds",
-            (Change(("spec", "activeDeadlineSeconds"), 24 * 3600),),
-        )
-    if asks and spec.get("ttlSecondsAfterFinished") is None:
+    for path, spec in jobs(document):
+        if asks and spec.get("activeDeadlineSeconds") is None:
+            yield Finding(
+                "job-deadline",
+                "warning",
+                document,
+                path,
+                "a Job that hangs keeps its GPU for ever",
+                "activeDeadlineSeconds",
+                (Change((*path, "activeDeadlineSeconds"), 24 * 3600),),
+            )
+    own = mapping(document.content.get("spec"))
+    if document.kind in ("Job", "JobSet") and asks and own.get("ttlSecondsAfterFinished") is None:
         yield Finding(
             "job-ttl",
             "warning",
@@ -60,14 +59,19 @@ def _limits(document: Document, documents: Sequence[Document]) -> Iterator[Findi
             "ttlSecondsAfterFinished",
             (Change(("spec", "ttlSecondsAfterFinished"), 7 * 24 * 3600),),
         )
-    policy = mapping(spec.get("podFailurePolicy"))
+
+
+def _failures(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
+    policies = {path: mapping(spec.get("podFailurePolicy")) for path, spec in jobs(document)}
     for pod in pods(document):
+        path = pod.path[:-2]
+        policy = policies.get(path, {})
         if policy and pod.spec.get("restartPolicy") != "Never":
             yield Finding(
                 "failure-policy",
                 "error",
                 document,
-                ("spec", "podFailurePolicy"),
+                (*path, "podFailurePolicy"),
                 "podFailurePolicy goes with restartPolicy Never only",
                 "restartPolicy: Never",
                 (Change((*pod.path, "restartPolicy"), "Never"),),
@@ -80,7 +84,7 @@ def _limits(document: Document, documents: Sequence[Document]) -> Iterator[Findi
                     "failure-policy",
                     "error",
                     document,
-                    ("spec", "podFailurePolicy", "rules", index),
+                    (*path, "podFailurePolicy", "rules", index),
                     f"there is no container {named!r}",
                     f"one of {', '.join(sorted(names))}",
                 )
@@ -89,7 +93,7 @@ def _limits(document: Document, documents: Sequence[Document]) -> Iterator[Findi
 def _queue(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
     labels = mapping(at(document.content, "metadata", "labels"))
     if (
-        document.kind == "Job"
+        document.kind in ("Job", "JobSet")
         and "kueue.x-k8s.io/queue-name" in labels
         and at(document.content, "spec", "suspend") is not True
     ):
@@ -98,10 +102,10 @@ def _queue(document: Document, documents: Sequence[Document]) -> Iterator[Findin
             "warning",
             document,
             ("spec", "suspend"),
-            "the Job starts before its queue has admitted it, where Kueue's webhook is not there",
+            f"the {document.kind} starts before its queue has admitted it, where Kueue's webhook is not there",
             "suspend: true",
             (Change(("spec", "suspend"), True),),
         )
 
 
-RULES = (_restart, _limits, _queue)
+RULES = (_restart, _limits, _failures, _queue)

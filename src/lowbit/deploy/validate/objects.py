@@ -10,7 +10,9 @@ from lowbit.deploy.validate.finding import REMOVE, Change, Finding
 from lowbit.deploy.validate.view import Pod, at, items, mapping, pods
 
 # their controllers make pods, with labels that no manifest shows
-_MAKERS = ("RayCluster", "RayService", "JobSet", "InferenceService", "LLMInferenceService", "PyTorchJob", "Rollout")
+_MAKERS = ("RayCluster", "RayService", "InferenceService", "LLMInferenceService", "PyTorchJob", "Rollout")
+# labels that controllers give to pods
+_GIVEN = ("leaderworkerset.sigs.k8s.io/", "jobset.sigs.k8s.io/", "batch.kubernetes.io/")
 _WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet")
 
 
@@ -45,7 +47,7 @@ def _selected(selector: dict[str, Any], document: Document, documents: Sequence[
         for other in documents
         if at(other.content, "metadata", "namespace") == space
         for pod in pods(other)
-        if all(pod.labels.get(key) == value or key.startswith("leaderworkerset") for key, value in selector.items())
+        if all(pod.labels.get(key) == value or key.startswith(_GIVEN) for key, value in selector.items())
     ]
 
 

@@ -18,8 +18,6 @@ _TEMPLATES: dict[str, tuple[KeyPath, ...]] = {
     "StatefulSet": (("spec", "template"),),
     "DaemonSet": (("spec", "template"),),
     "ReplicaSet": (("spec", "template"),),
-    "Job": (("spec", "template"),),
-    "CronJob": (("spec", "jobTemplate", "spec", "template"),),
     "LeaderWorkerSet": (
         ("spec", "leaderWorkerTemplate", "leaderTemplate"),
         ("spec", "leaderWorkerTemplate", "workerTemplate"),
@@ -86,6 +84,17 @@ class Pod:
         return next((v for v in items(self.spec.get("volumes")) if v.get("name") == name), {})
 
 
+def jobs(document: Document) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """Path and specification of every Job that a document describes: itself, or those that it makes."""
+    paths: dict[str, list[KeyPath]] = {"Job": [("spec",)], "CronJob": [("spec", "jobTemplate", "spec")]}
+    groups = at(document.content, "spec", "replicatedJobs") if document.kind == "JobSet" else None
+    made: list[KeyPath] = [("spec", "replicatedJobs", index, "template", "spec") for index in range(len(items(groups)))]
+    for path in paths.get(document.kind, made):
+        found = at(document.content, *path)
+        if isinstance(found, dict):
+            yield path, found
+
+
 def pods(document: Document) -> Iterator[Pod]:
     """All pods that a document describes; a fragment with `env` counts as one container."""
     if not document.kind and isinstance(document.content.get("env"), list):
@@ -94,7 +103,7 @@ def pods(document: Document) -> Iterator[Pod]:
         spec = mapping(at(document.content, "spec", "template"))
         if spec:
             yield Pod(document, ("spec", "template"), spec, {})
-    for path in _TEMPLATES.get(document.kind, ()):
+    for path in (*_TEMPLATES.get(document.kind, ()), *((*path, "template") for path, _ in jobs(document))):
         template = at(document.content, *path)
         if isinstance(template, dict):
             yield Pod(document, (*path, "spec"), mapping(template.get("spec")), mapping(template.get("metadata")))
