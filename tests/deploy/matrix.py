@@ -10,7 +10,8 @@ from typing import Any
 
 from lowbit.api.deploy import quantize_files, serve_files
 from lowbit.api.deploy_quantize import QuantizeWish, quantize_spec
-from lowbit.api.deploy_serve import ServeWish, serve_spec
+from lowbit.api.deploy_serve import serve_spec
+from lowbit.api.deploy_wish import ServeWish
 from lowbit.deploy.objects.job import quantize_templates
 from lowbit.deploy.objects.serve import DEV_VALUES, serve_templates
 from lowbit.deploy.template import Template

@@ -5,70 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
+from lowbit.api.deploy_artifact import deployed_artifact, location_of, model_source, opened
 from lowbit.api.deploy_images import lowbit_image, runtime_image
-from lowbit.api.memory import Model
-from lowbit.api.quantize import recipe_for
-from lowbit.core.errors import ArchitectureError, LowbitError, RecipeError
+from lowbit.api.deploy_sizes import GIB, context_of, gpus_and_memory, host_memory
+from lowbit.api.deploy_wish import ServeWish
+from lowbit.core.errors import RecipeError
 from lowbit.deploy.objects.metrics import QUEUES
-from lowbit.deploy.objects.pod import MODELS
-from lowbit.deploy.spec import ServeSpec, Volume, dns_name
-from lowbit.pipeline.plan import make_plan
+from lowbit.deploy.spec import ServeSpec, dns_name
 from lowbit.recommend.hardware import Hardware, parse_hardware
-from lowbit.recommend.memory import Load, MemoryParts, serving_parts
+from lowbit.recommend.memory import MemoryParts
 from lowbit.runtimes import get_runtime
-from lowbit.runtimes.artifact import Artifact, label, read_artifact
+from lowbit.runtimes.artifact import Artifact
 from lowbit.runtimes.choose import refuse
-from lowbit.runtimes.description import BitsAndBytes, Runtime, ServeOptions
+from lowbit.runtimes.description import Runtime, ServeOptions
 from lowbit.runtimes.machine import Gpu, Machine
 
-GIB = 2**30
-_KSERVE_MODELS = "/mnt/models"
 # seconds from loaded to ready: graphs and kernels are compiled, caches allotted
 _WARMUP = {("vllm", "cuda"): 240, ("vllm", "cpu"): 180, ("llama.cpp", "cpu"): 20, ("llama.cpp", "cuda"): 30,
            ("tensorrt-llm", "cuda"): 300}  # fmt: skip
-_FORMATS = {"fp8": "fp8", "gptq": "gptq", "awq": "awq", "bitsandbytes": "bitsandbytes", "modelopt": "modelopt",
-            "compressed-tensors": "compressed-tensors"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ServeWish:
-    """What is asked of a deployment; None is filled in. method, format: of a model that is not quantized
-    yet. hardware: as in
-    `lowbit recommend`, of one node's GPUs or CPU. source: claim:NAME[/PATH], image:REF[/PATH] or hub:ID[@REVISION].
-    secret: of the API key, "" for none. The rest is as in ServeSpec and ServeOptions."""
-
-    runtime: str
-    method: str | None = None
-    format: str | None = None
-    name: str | None = None
-    device: str = "auto"
-    hardware: str | None = None
-    gpus: int | None = None
-    nodes: int = 1
-    context: int | None = None
-    parallel: int = 8
-    cpu: int | None = None
-    memory: int | None = None
-    image: str | None = None
-    puller: str | None = None
-    source: str | None = None
-    replicas: int = 1
-    max_replicas: int = 4
-    autoscale: Literal["none", "hpa", "keda"] = "none"
-    route: Literal["none", "ingress", "gateway"] = "none"
-    host: str = "model.example.com"
-    kserve: bool = False
-    monitoring: bool = True
-    secret: str | None = None
-    token_secret: str = ""
-    node_selector: dict[str, str] | None = None
-    bitsandbytes: BitsAndBytes | None = None
-    drain: int = 30
-    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,18 +48,18 @@ def serve_spec(model: str | Path, wish: ServeWish) -> ServeDeployment:
     runtime = get_runtime(wish.runtime)
     hardware = parse_hardware(wish.hardware) if wish.hardware else None
     device = _device(wish, hardware)
-    shapes = _opened(model)
-    artifact = _artifact(model, wish, shapes)
+    shapes = opened(model)
+    artifact = deployed_artifact(model, wish, shapes)
     _check(runtime, artifact, wish, hardware, device)
-    source = _source(model, wish, artifact)
-    inside = replace(artifact, location=_location(source, artifact, wish))
-    gpus, memory = _gpus(runtime, artifact, shapes, wish, hardware, device)
+    source = model_source(model, wish, artifact)
+    inside = replace(artifact, location=location_of(source, artifact, wish))
+    gpus, memory = gpus_and_memory(runtime, artifact, shapes, wish, hardware, device)
     cpu = wish.cpu or (8 if device == "cpu" else 4 * max(gpus, 1))
     options = ServeOptions(
         host="0.0.0.0",
         port=runtime.port,
         name=artifact.name,
-        context=_context(artifact, wish),
+        context=context_of(artifact, wish),
         parallel=wish.parallel,
         threads=cpu if device == "cpu" else None,
         device=device,
@@ -125,7 +82,7 @@ def serve_spec(model: str | Path, wish: ServeWish) -> ServeDeployment:
             args=tuple(runtime.argv(inside, options, ())),
             env={"HF_HUB_OFFLINE": "1", **runtime.variables(inside, options)},
             cpu=cpu,
-            memory=wish.memory or _host_memory(artifact, memory, device, gpus, shm, options),
+            memory=wish.memory or host_memory(artifact, memory, device, gpus, shm, options),
             gpus=gpus,
             node_selector=wish.node_selector or {},
             token_secret=wish.token_secret,
@@ -173,48 +130,6 @@ def _device(wish: ServeWish, hardware: Hardware | None) -> str:
     return "cpu" if wish.runtime == "llama.cpp" and not wish.gpus else "cuda"
 
 
-def _opened(model: str | Path) -> Model | None:
-    """None for an artifact whose shapes the memory model does not know."""
-    try:
-        return Model(model)
-    except ArchitectureError:
-        return None
-
-
-def _artifact(model: str | Path, wish: ServeWish, shapes: Model | None) -> Artifact:
-    if wish.method is None and Path(model).exists():
-        return read_artifact(model)
-    if shapes is None:
-        raise RecipeError(f"the shapes of {model} are unknown, so nothing can be sized", hint="quantize it first")
-    if wish.method is not None:
-        return _planned(shapes, wish, wish.method)
-    context = shapes.shape.max_context
-    config = shapes.checkpoint.config
-    format = _FORMATS.get(shapes.quantized, "dense") if shapes.quantized else "dense"
-    name = Path(shapes.name).name
-    # of a quantized hub model the layers' schemes are only in its files
-    labels = ("w16a16",) if format == "dense" else ()
-    return Artifact(shapes.name, name, format, labels, str(config.get("model_type", "")), context, shapes.weights,
-                    config=config)  # fmt: skip
-
-
-def _planned(shapes: Model, wish: ServeWish, method: str) -> Artifact:
-    """What quantizing will give. For TensorRT-LLM floats are stored in ModelOpt's format, which is the one that it reads."""
-    recipe = recipe_for(method)
-    own = "modelopt" if wish.runtime == "tensorrt-llm" and recipe.kind in ("float", "nvfp4") else None
-    size = shapes.size(recipe.updated(format=wish.format or own))
-    base = Path(shapes.name).name.removesuffix(".gguf").removesuffix(".json") or "model"
-    config = {} if shapes.gguf is not None else dict(shapes.checkpoint.config)
-    if size.recipe.format == "gguf":
-        return Artifact(f"{base}-{method}.gguf", f"{base}-{method}", "gguf", (method.upper(),),
-                        shapes.shape.model_type, shapes.shape.max_context, size.file)  # fmt: skip
-    layers = make_plan(size.recipe, shapes.streamed).layers.values()
-    labels = tuple(sorted({label(layer.scheme) for layer in layers})) or ("w16a16",)
-    format = size.recipe.format if layers else "dense"
-    return Artifact(f"{base}-{method}", f"{base}-{method}", format, labels, shapes.shape.model_type,
-                    shapes.shape.max_context, size.file, config=config)  # fmt: skip
-
-
 def _check(runtime: Runtime, artifact: Artifact, wish: ServeWish, hardware: Hardware | None, device: str) -> None:
     if wish.nodes > 1 and (runtime.name != "vllm" or device != "cuda"):
         raise RecipeError(f"{runtime.title} is not deployed over several nodes here", hint="--runtime vllm with GPUs")
@@ -244,105 +159,6 @@ def _check(runtime: Runtime, artifact: Artifact, wish: ServeWish, hardware: Hard
             f"{runtime.title} needs {', '.join(sorted(plugins))} for {artifact.format}, which its image lacks",
             hint="--image of one that you added it to (see docs/deploy.md), or another method",
         )
-
-
-def _source(model: str | Path, wish: ServeWish, artifact: Artifact) -> Volume:
-    if wish.source is None:
-        hub = wish.method is None and not Path(model).exists()
-        return Volume(kind="pull", ref=str(model)) if hub else Volume(kind="claim", ref="models", path=_file(artifact))
-    kind, colon, ref = wish.source.partition(":")
-    if not colon or not ref or kind not in ("claim", "image", "hub"):
-        raise RecipeError(
-            f"--source {wish.source!r} is unknown", hint="claim:NAME[/PATH], image:REF or hub:ID[@REVISION]"
-        )
-    if kind == "claim":
-        claim, _, path = ref.partition("/")
-        return Volume(kind="claim", ref=claim, path=path or _file(artifact))
-    if kind == "image":
-        return Volume(kind="image", ref=ref, path=Path(artifact.location).name if artifact.format == "gguf" else "")
-    repository, _, revision = ref.partition("@")
-    return Volume(kind="pull", ref=repository, revision=revision)
-
-
-def _file(artifact: Artifact) -> str:
-    return Path(artifact.location).name
-
-
-def _location(source: Volume, artifact: Artifact, wish: ServeWish) -> str:
-    if wish.kserve:
-        return _KSERVE_MODELS
-    if source.kind == "pull":
-        folder = f"{MODELS}/{dns_name(artifact.name)}"
-        return f"{folder}/{_file(artifact)}" if artifact.format == "gguf" else folder
-    return f"{MODELS}/{source.path}" if source.path else MODELS
-
-
-def _gpus(
-    runtime: Runtime, artifact: Artifact, shapes: Model | None, wish: ServeWish, hardware: Hardware | None, device: str
-) -> tuple[int, MemoryParts | None]:
-    """GPUs of one pod, and memory. Raises RecipeError when it does not fit the hardware."""
-    if device == "cpu":
-        need = _need(runtime, artifact, shapes, wish, 1, device)
-        if hardware is not None and need is not None and need.needed > hardware.memory:
-            raise RecipeError(f"{artifact.name} needs {need.needed / GIB:.1f} GiB, {hardware.name} has "
-                              f"{hardware.memory / GIB:.1f}", hint="a smaller --context, or fewer bits")  # fmt: skip
-        return 0, need
-    if wish.gpus is not None or hardware is None:
-        gpus = wish.gpus or 1
-        counts = [gpus]
-    else:
-        heads = shapes.shape.heads if shapes is not None else 1
-        counts = [n for n in (1, 2, 4, 8) if heads % n == 0 and (n == 1 or runtime.name in ("vllm", "tensorrt-llm"))]
-    need = None
-    for gpus in counts:
-        need = _need(runtime, artifact, shapes, wish, gpus * wish.nodes, device)
-        if need is None or hardware is None or need.total <= 0.9 * hardware.memory * gpus * wish.nodes:
-            return gpus, need
-    assert need is not None
-    assert hardware is not None
-    raise RecipeError(
-        f"{artifact.name} needs {need.total / GIB:.1f} GiB, more than {counts[-1]} x {hardware.name} have",
-        hint="fewer bits, a smaller --context or --parallel, or --nodes",
-    )
-
-
-def _need(
-    runtime: Runtime, artifact: Artifact, shapes: Model | None, wish: ServeWish, devices: int, device: str
-) -> MemoryParts | None:
-    if shapes is None:
-        return None
-    weights = artifact.weight_bytes
-    if wish.bitsandbytes is not None:
-        weights = weights * wish.bitsandbytes.bits // 16
-    load = Load(_context(artifact, wish), wish.parallel)
-    try:
-        return serving_parts(weights, shapes.shape, load, runtime.name, "gpu" if device == "cuda" else "cpu", devices,
-                             weights if artifact.format == "gguf" and device == "cpu" else 0)  # fmt: skip
-    except LowbitError:
-        return None
-
-
-def _context(artifact: Artifact, wish: ServeWish) -> int:
-    longest = artifact.context or 4096
-    if wish.context is not None and wish.context > longest:
-        raise RecipeError(f"{artifact.name} was made for {longest} tokens, not {wish.context}",
-                          hint=f"--context {longest}")  # fmt: skip
-    return wish.context or min(longest, 4096)
-
-
-def _host_memory(
-    artifact: Artifact, memory: MemoryParts | None, device: str, gpus: int, shm: int, options: ServeOptions
-) -> int:
-    """Bytes of the container. Beside a GPU: the runtime's processes, and the files while they are read; on a CPU, the
-    memory model's sum with a tenth to spare. /dev/shm counts into the limit."""
-    if device == "cuda":
-        return shm + 6 * GIB + 2 * GIB * max(gpus, 1) + artifact.weight_bytes
-    if memory is None:
-        return shm + 4 * GIB + 2 * artifact.weight_bytes
-    cache = max(0, options.cache_gib * GIB - memory.cache) if options.cache_gib else 0
-    # bitsandbytes shrinks weights one by one, from files that are read meanwhile
-    files = artifact.weight_bytes // 4 if options.bitsandbytes is not None else 0
-    return int(1.1 * (memory.total + cache + files)) + shm + GIB // 2
 
 
 def _check_scaling(wish: ServeWish, runtime: Runtime, device: str) -> None:

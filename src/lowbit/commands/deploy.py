@@ -81,7 +81,8 @@ def serve(
     lowbit deploy serve ./model --runtime transformers --load-in nf4 --device cuda --target compose
     """
     from lowbit.api.deploy import serve_files, write
-    from lowbit.api.deploy_serve import ServeWish, serve_spec
+    from lowbit.api.deploy_serve import serve_spec
+    from lowbit.api.deploy_wish import ServeWish
 
     wish = ServeWish(
         runtime=runtime, method=method, format=format, name=name, device=device, hardware=hardware, gpus=gpus, nodes=nodes,
