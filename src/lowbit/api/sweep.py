@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _SHARED = ".shared"
 @dataclass(frozen=True)
 class Sweep:
     """What to make and measure. methods: presets, methods or GGUF types. The rest is as in a recipe and an Evaluation;
-    group_size goes to methods with integers in groups. speed: measure every artifact in its own runtime."""
+    group_size goes to methods with integers in groups. options: of single methods' recipes, by method."""
 
     methods: tuple[str, ...]
     dataset: str = "pydoc"
@@ -43,6 +44,7 @@ class Sweep:
     seq_len: int = 512
     group_size: int | str = "auto"
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(windows=8, context=512))
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,7 +76,8 @@ class _Sweeping:
     def __init__(
         self, model: str, output: Path, wanted: Sweep, settings: Settings, progress: Progress, cache: Path
     ) -> None:
-        self.model, self.output, self.wanted, self.progress, self.cache = model, output, wanted, progress, cache
+        self.model, self.output, self.wanted, self.cache = model, output, wanted, cache
+        self.listener = self.progress = progress
         self.settings = replace(settings, verify=False)
         self.recipes = {method: self._recipe(method) for method in wanted.methods}
         self.checkpoint = open_checkpoint(model, revision=settings.revision)
@@ -83,7 +86,8 @@ class _Sweeping:
 
     def run(self) -> Swept:
         done = Swept([], {}, {})
-        for method, recipe in self.recipes.items():
+        for number, (method, recipe) in enumerate(self.recipes.items(), 1):
+            self.progress = _Titled(self.listener, f"{method} ({number} of {len(self.recipes)})")
             started = time.monotonic()
             try:
                 artifact = self._made(method, recipe)
@@ -91,7 +95,7 @@ class _Sweeping:
                 self._measured(artifact, recipe)
             except LowbitError as error:
                 done.failed[method] = error.message
-                self.progress.warn(f"{method}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+                self.listener.warn(f"{method}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
                 continue
             done.artifacts.append(artifact)
             done.seconds[method] = {"quantize": round(made - started, 1), "measure": round(time.monotonic() - made, 1)}
@@ -107,6 +111,7 @@ class _Sweeping:
             num_samples=wanted.num_samples,
             seq_len=wanted.seq_len,
             group_size=wanted.group_size if grouped else None,
+            options=wanted.options.get(method),
         )
 
     def _made(self, method: str, recipe: Recipe) -> Path:
@@ -116,7 +121,6 @@ class _Sweeping:
             return artifact
         if recipe.format == "gguf":
             self._share_conversion(artifact)
-        self.progress.note(method)
         result = quantize(self.model, output=artifact, recipe=recipe, settings=self.settings, progress=self.progress)
         return result.path
 
@@ -197,6 +201,20 @@ class _Sweeping:
                 artifact.with_suffix(".card.md").write_text(card(artifact.name, record))
             else:
                 (artifact / "README.md").write_text(model_card(record))
+
+
+class _Titled:
+    """A listener told of which method every stage is."""
+
+    def __init__(self, listener: Progress, title: str) -> None:
+        self.title, self.note, self.advance = title, listener.note, listener.advance
+        self.listener = listener
+
+    def start(self, what: str, total: int) -> None:
+        self.listener.start(f"{self.title}: {what}", total)
+
+    def warn(self, text: str) -> None:
+        self.listener.warn(f"{self.title}: {text}")
 
 
 def _drop(artifact: Path) -> None:

@@ -24,8 +24,6 @@ def compare(
 
     Example: lowbit compare model-rtn model-gptq --markdown
     """
-    from rich.console import Console
-
     from lowbit.api.compare import compared
     from lowbit.report import compare_table
 
@@ -37,5 +35,4 @@ def compare(
     elif markdown:
         print(compare_table.as_markdown(rows))
     else:
-        console = Console(width=None if Console().is_terminal else 80)
-        console.print(compare_table.rich_table(rows, title="each against its own base"))
+        compare_table.print_table(rows, title="each against its own base")

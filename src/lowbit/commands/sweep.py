@@ -21,6 +21,9 @@ def sweep(
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     group_size: Annotated[str, typer.Option(help="Of methods with groups; auto picks one that fits.")] = "auto",
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="GGUF types from a .gguf that is quantized already.")
+    ] = False,
     tasks: Annotated[str, typer.Option(help="As in lowbit evaluate; kl is always measured.")] = "kl",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of each task.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Task data instead of the hub.")] = None,
@@ -42,10 +45,9 @@ def sweep(
 
     Example: lowbit sweep ./model --methods fp16,gptq,awq,q4_k_m --tasks hellaswag:200,kl --data ./data -o sweep
     """
-    from rich.console import Console
-
     from lowbit.api.compare import compared
     from lowbit.api.evaluation import Evaluation
+    from lowbit.api.gguf_options import is_gguf_method
     from lowbit.api.report import write_report
     from lowbit.api.run import Settings
     from lowbit.api.sweep import Sweep
@@ -64,7 +66,8 @@ def sweep(
         prompt_tokens=128, new_tokens=16,
     )  # fmt: skip
     size = group_size if group_size == "auto" else int(group_size)
-    wanted = Sweep(names, dataset, num_samples, seq_len, size, evaluation)
+    options = {name: {"allow_requantize": True} for name in names if allow_requantize and is_gguf_method(name)}
+    wanted = Sweep(names, dataset, num_samples, seq_len, size, evaluation, options)
     with listener(quiet=quiet or as_json) as progress:
         done = run(model, output, wanted, settings=Settings(device), progress=progress)
     if done.artifacts:
@@ -79,8 +82,7 @@ def sweep(
             }
             print(json.dumps(found, indent=2, ensure_ascii=False))
         else:
-            console = Console(width=None if Console().is_terminal else 80)
-            console.print(compare_table.rich_table(rows, title=f"{model}, {len(done.artifacts)} methods"))
+            compare_table.print_table(rows, title=f"{model}, {len(done.artifacts)} methods")
             print(f"report: {output / 'report.html'}")
     for method, why in done.failed.items():
         typer.echo(f"failed: {method}: {why}", err=True)

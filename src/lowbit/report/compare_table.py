@@ -43,6 +43,8 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
         ("KL", "kl", _number(".4f")),
         ("top-1", "top1", _number(".1f", 100)),
     ]
+    if not task_names(rows):
+        fixed.append(("perplexity", "perplexity", _number(".2f")))
     columns: list[tuple[str, Callable[[Row], str]]] = [("method", _method)]
     for heading, key, show in fixed:
         if any(values[key] is not None for values in rows):
@@ -91,6 +93,13 @@ def rich_table(rows: Sequence[Row], title: str) -> Any:
         style = "bold" if values["pareto_memory"] else "dim" if values["base"] else ""
         table.add_row(*(cell(values) for _, cell in columns), style=style)
     return table
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """On a terminal, in its width; elsewhere in 80 columns."""
+    from rich.console import Console
+
+    Console(width=None if Console().is_terminal else 80).print(rich_table(rows, title))
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
