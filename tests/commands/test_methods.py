@@ -65,3 +65,6 @@ def test_the_table_is_printed() -> None:
     result = CliRunner().invoke(app, ["methods"])
     assert result.exit_code == 0
     assert "awq" in result.stdout
+    assert "SmoothQuant, then INT8 weights and activations" in result.stdout  # nothing is cut
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80

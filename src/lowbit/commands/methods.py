@@ -11,6 +11,7 @@ import typer
 from lowbit.core.errors import CheckpointError
 
 _FULL = 16.0
+_BATCHES = ", also with large batches"
 _EFFORT = {1: "no data", 2: "calibration", 3: "long calibration"}
 
 
@@ -92,22 +93,34 @@ def _from_bits(bits: float) -> dict[str, Any]:
 
 
 def _print(table: dict[str, dict[str, Any]]) -> None:
+    """Three tables that 80 columns hold."""
     from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 80)
+    what = _table("method", "what", "effort")
+    gives = _table("method", "loss %", "smaller", "memory saved", "speed")
+    runs = _table("method", "formats", "runtimes", "hardware")
+    for name, row in table.items():
+        marked = f"{name} *" if row["measured"] else name
+        loss = f"{row['loss']} (KL {row['kl']:.4f})" if "kl" in row else row.get("loss", "-")
+        speed = row.get("speed", "-").replace(_BATCHES, " +")
+        what.add_row(marked, row.get("what", "-"), _EFFORT.get(row.get("complexity", 0), "-"))
+        gives.add_row(marked, loss, row["compression"], row["memory_saved"], speed)
+        runs.add_row(
+            marked, ", ".join(row["formats"]), ", ".join(row.get("runtimes", [])) or "-", row.get("hardware", "-")
+        )
+    for part in (what, gives, runs):
+        console.print(part)
+    measured = any(row["measured"] for row in table.values())
+    note = "* measured." if measured else "General numbers for models of 7B and up; --measured DIR shows yours."
+    console.print(f"loss: rise of perplexity against 16 bits. speed: of decoding; +: also with large batches. {note}")
+
+
+def _table(*headings: str) -> Any:
+    from rich import box
     from rich.table import Table
 
-    gives = Table("method", "what", "loss %", "smaller", "memory saved", "speed", "effort", header_style="bold")
-    runs = Table("method", "formats", "runtimes", "hardware", header_style="bold")
-    for name, row in table.items():
-        loss = f"{row['loss']} (KL {row['kl']:.4f})" if "kl" in row else row.get("loss", "-")
-        marked = f"{name} *" if row["measured"] else name
-        effort = _EFFORT.get(row.get("complexity", 0), "-")
-        sizes = (row["compression"], row["memory_saved"])
-        gives.add_row(marked, row.get("what", "-"), loss, *sizes, row.get("speed", "-"), effort)
-        runtimes = ", ".join(row.get("runtimes", [])) or "-"
-        runs.add_row(marked, ", ".join(row["formats"]), runtimes, row.get("hardware", "-"))
-    console = Console()
-    console.print(gives)
-    console.print(runs)
-    measured = any(row["measured"] for row in table.values())
-    note = "* measured" if measured else "General numbers for models of 7B and up; --measured DIR shows yours."
-    console.print(f"loss: rise of perplexity against 16 bits. {note}")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", row_styles=["", "dim"], pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
+    return table
