@@ -2,8 +2,9 @@
 
     python benchmarks/sweep_cost.py MODEL --work DIR --data DIR --tasks hellaswag:50,mmlu_anatomy:20
 
-Separate runs start each with an empty cache of results. Seconds are of whole processes. What was timed is kept in DIR, so that
-the same command continues after an interruption; --steps N stops after N of them.
+Separate runs start each with an empty cache of results. Seconds are of whole processes, from start to end and of processor time
+(which other work on the machine changes least). What was timed is kept in DIR, so that the same command continues after an
+interruption; --steps N stops after N of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,51 +39,67 @@ def main() -> None:
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     file = asked.work / "seconds.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
     methods = asked.methods.split(",")
     steps = [f"separate {method}" for method in methods] + [f"sweep {method}" for method in methods]
     for step in [step for step in steps if step not in known][: asked.steps]:
         kind, method = step.split()
-        seconds = _separate(asked, method) if kind == "separate" else _sweep(asked, methods, method)
-        known[step] = round(seconds, 1)
+        started, used = time.monotonic(), _processor_seconds()
+        if kind == "separate":
+            _separate(asked, method)
+        else:
+            _sweep(asked, methods, method)
+        passed = {"seconds": time.monotonic() - started, "processor": _processor_seconds() - used}
+        known[step] = {name: round(value, 1) for name, value in passed.items()}
         file.write_text(json.dumps(known, indent=1))
-        print(f"{step}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    if not all(step in known for step in steps):
-        return
-    rows = [
-        {"method": m, "separate, s": known[f"separate {m}"], "in the sweep, s": known[f"sweep {m}"]} for m in methods
-    ]
-    totals = [sum(known[f"{kind} {method}"] for method in methods) for kind in ("separate", "sweep")]
-    rows.append({"method": "all", "separate, s": round(totals[0], 1), "in the sweep, s": round(totals[1], 1)})
-    print_table(rows)
-    print(f"\nthe sweep takes {totals[1] / totals[0]:.0%} of the separate runs")
+        print(f"{step}: {known[step]}", file=sys.stderr, flush=True)
+    if all(step in known for step in steps):
+        _print(known, methods)
 
 
-def _separate(asked: argparse.Namespace, method: str) -> float:
+def _print(known: dict[str, dict[str, float]], methods: list[str]) -> None:
+    rows = []
+    totals: dict[str, float] = {}
+    for method in methods:
+        row = {}
+        for kind, title in (("separate", "separate"), ("sweep", "in the sweep")):
+            for name, unit in (("seconds", "s"), ("processor", "processor s")):
+                heading = f"{title}, {unit}"
+                row[heading] = known[f"{kind} {method}"][name]
+                totals[heading] = round(totals.get(heading, 0.0) + row[heading], 1)
+        rows.append({"method": method, **row})
+    print_table([*rows, {"method": "all", **totals}])
+    for unit in ("s", "processor s"):
+        share = totals[f"in the sweep, {unit}"] / totals[f"separate, {unit}"]
+        print(f"\nthe sweep takes {share:.0%} of the separate runs ({unit})")
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _separate(asked: argparse.Namespace, method: str) -> None:
     cache = asked.work / "cache-separate"
     shutil.rmtree(cache, ignore_errors=True)
     variables = _variables(cache)
     gguf = method[0] == "q" and method[1].isdigit()
     output = asked.work / (f"separate-{method}.gguf" if gguf else f"separate-{method}")
     _remove(output)
-    started = time.monotonic()
     calibration = ["--dataset", "pydoc", "--num-samples", asked.num_samples, "--seq-len", asked.seq_len]
     grouped = ["--group-size", "auto"] if method in ("gptq", "awq", "rtn") else []
     _lowbit(variables, "quantize", asked.model, "--method", method, *calibration, *grouped, "-o", output, "--quiet")
     _lowbit(variables, "evaluate", output, "--base", asked.model, "--tasks", f"{asked.tasks},kl", "--data", asked.data,
             "--windows", asked.windows, "--context", asked.seq_len, "--dtype", asked.dtype, "--quiet")  # fmt: skip
-    return time.monotonic() - started
 
 
-def _sweep(asked: argparse.Namespace, methods: list[str], last: str) -> float:
+def _sweep(asked: argparse.Namespace, methods: list[str], last: str) -> None:
     """The sweep up to and with one method more; it continues where the step before it stopped."""
-    started = time.monotonic()
     chosen = ",".join(methods[: methods.index(last) + 1])
     _lowbit(_variables(asked.work / "cache-sweep"), "sweep", asked.model, "--methods", chosen, "-o", asked.work / "sweep",
             "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows,
             "--no-speed", "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data,
             "--dtype", asked.dtype, "--quiet")  # fmt: skip
-    return time.monotonic() - started
 
 
 def _variables(cache: Path) -> dict[str, str]:
