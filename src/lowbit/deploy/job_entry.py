@@ -37,7 +37,7 @@ def main() -> None:
     if is_done(output, recipe):
         print(f"{output} is there already, by the same recipe: nothing to do", file=sys.stderr)
         return
-    program = [sys.executable, "-m", "lowbit.cli", "quantize"]
+    program = [sys.executable, "-m", "lowbit", "quantize"]
     child = subprocess.Popen([*program, arguments.model, "--recipe", str(recipe), "-o", str(output), *further])
 
     def end(number: int, frame: FrameType | None) -> None:

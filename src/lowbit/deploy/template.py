@@ -16,7 +16,8 @@ Objects = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Value:
-    """A knob: `path` in the chart's values ("image.tag"), its default and what it is for."""
+    """A knob: `path` in the chart's values ("image.tag"), its default and what it is for. An empty list or mapping leaves
+    the entry out."""
 
     path: str
     default: Any
@@ -75,7 +76,8 @@ def objects(templates: list[Template], name: str, values: Mapping[str, Any] | No
 
 def _resolve(tree: Tree, name: str, values: Mapping[str, Any]) -> Any:
     if isinstance(tree, Value):
-        return values.get(tree.path, tree.default)
+        found = values.get(tree.path, tree.default)
+        return _ABSENT if found in ({}, []) else found
     if isinstance(tree, Release):
         return name + tree.suffix
     if isinstance(tree, Text):

@@ -43,12 +43,15 @@ def _cpu_dtype(artifact: Artifact) -> str | None:
 
 
 def variables(artifact: Artifact, options: ServeOptions) -> dict[str, str]:
-    """No telemetry; on a CPU, how much memory the KV cache takes (GiB) and which cores."""
+    """No telemetry; on a CPU, how much memory the KV cache takes (GiB) and how many threads (vLLM 0.32,
+    utils/ompmultiprocessing.py)."""
     chosen = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if options.device == "cpu":
         chosen["VLLM_CPU_KVCACHE_SPACE"] = str(options.cache_gib or 1)
         if options.threads is not None:
-            chosen["OMP_NUM_THREADS"] = str(options.threads)
+            # by itself vLLM binds a thread to every core of the node but one, whatever the container may use, and every pod
+            # to the same ones
+            chosen |= {"OMP_NUM_THREADS": str(options.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return chosen
 
 

@@ -7,7 +7,10 @@ from lowbit.deploy.spec import QuantizeSpec, ServeSpec
 from lowbit.deploy.template import Release, Tree, Value, When
 
 _DNS = {
-    "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}],
+    "to": [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}},
+        {"ipBlock": {"cidr": "169.254.20.10/32"}},  # NodeLocal DNSCache
+    ],
     "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],
 }
 _HTTPS = {"ports": [{"port": 443, "protocol": "TCP"}]}

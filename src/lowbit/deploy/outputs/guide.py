@@ -14,7 +14,7 @@ def serve_guide(spec: ServeSpec, title: str, namespace: str) -> str:
     if spec.api_key_variable and spec.api_key_secret:
         steps.append(
             "The API key, which no file here holds:\n\n"
-            f"    kubectl{option} create secret generic {spec.api_key_secret} --from-literal=api-key=$(openssl rand -hex 24)"
+            f"       kubectl{option} create secret generic {spec.api_key_secret} --from-literal=api-key=$(openssl rand -hex 24)"
         )
     else:
         steps.append("No API key is asked for: put a gateway that does before it, or keep the network policy.")
@@ -34,7 +34,10 @@ def serve_guide(spec: ServeSpec, title: str, namespace: str) -> str:
     if spec.autoscale in needs:
         steps.append(needs[spec.autoscale])
     if spec.metrics_path and spec.monitoring:
-        steps.append("The Prometheus operator, for the ServiceMonitor (overlay prod; chart: monitoring.enabled).")
+        steps.append(
+            "The Prometheus operator, for the ServiceMonitor (overlay prod; chart: monitoring.enabled). If yours selects by a "
+            "label (often `release`), add it."
+        )
     if spec.nodes > 1:
         steps.append("The LeaderWorkerSet controller.")
     if spec.kserve:
@@ -42,6 +45,7 @@ def serve_guide(spec: ServeSpec, title: str, namespace: str) -> str:
     if spec.gpus:
         steps.append("Nodes with the NVIDIA device plugin.")
     numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+    gpus = f"{spec.gpus} GPU{'s' * (spec.gpus != 1)}"
     return f"""# {spec.name}: {title}
 
 What has to be there first:
@@ -61,7 +65,7 @@ Ask it:
     curl localhost:8080/v1/chat/completions -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
       -d '{{"model": "{spec.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
-Sizes: {gibibytes(spec.weight_bytes)} of weights, {gibibytes(spec.memory)} of memory, {spec.gpus} GPUs a pod. See facts.json.
+Sizes: {gibibytes(spec.weight_bytes)} of weights, {gibibytes(spec.memory)} of memory, {gpus} a pod.
 """
 
 

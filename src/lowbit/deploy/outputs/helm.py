@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lowbit.deploy.outputs.comments import commented
 from lowbit.deploy.outputs.files import to_yaml
 from lowbit.deploy.template import Release, Template, Text, Tree, Value, When, leaves
 
@@ -40,7 +41,7 @@ def chart(
         text = "\n".join(_lines(template.tree, 0)) + "\n"
         if template.when is not None:
             text = f"{{{{- if .Values.{template.when[0]} }}}}\n{text}{{{{- end }}}}\n"
-        files[f"templates/{template.file}"] = text
+        files[f"templates/{template.file}"] = commented(text)
     return files
 
 
@@ -133,7 +134,8 @@ def _opened(value: Tree) -> tuple[Tree, str]:
 
 def _entry(head: str, value: Tree, indent: int) -> list[str]:
     if isinstance(value, Value) and isinstance(value.default, list | dict):
-        return [f"{head}\n{' ' * indent}{{{{- toYaml .Values.{value.path} | nindent {indent} }}}}"]
+        inside = f"{' ' * indent}{{{{- toYaml . | nindent {indent} }}}}"
+        return [f"{{{{- with .Values.{value.path} }}}}", head, inside, "{{- end }}"]
     if isinstance(value, Mapping | list | tuple):
         block = _lines(value, indent)
         return [head, *block] if block else [f"{head} {'{}' if isinstance(value, Mapping) else '[]'}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowbit.deploy.outputs.comments import commented
 from lowbit.deploy.outputs.files import to_yaml
 from lowbit.deploy.template import Objects, Template, resolve
 
@@ -18,7 +19,7 @@ def tree(
     made = {profile: _named(templates, name, values) for profile, values in profiles.items()}
     first = next(iter(made))
     common = [file for file in made[first] if all(file in objects for objects in made.values())]
-    files = {f"base/{file}": to_yaml(made[first][file]) for file in common}
+    files = {f"base/{file}": commented(to_yaml(made[first][file])) for file in common}
     files["base/kustomization.yaml"] = _kustomization(common, "")
     for profile, objects in made.items():
         folder = f"overlays/{profile}"
@@ -29,7 +30,7 @@ def tree(
             if changes:
                 target = {"kind": objects[file]["kind"], "name": objects[file]["metadata"]["name"]}
                 patches.append({"target": target, "patch": to_yaml(changes)})
-        files |= {f"{folder}/{file}": to_yaml(objects[file]) for file in own}
+        files |= {f"{folder}/{file}": commented(to_yaml(objects[file])) for file in own}
         files[f"{folder}/kustomization.yaml"] = _kustomization(["../../base", *own], namespace, patches)
     return files
 
