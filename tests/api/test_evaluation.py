@@ -90,7 +90,6 @@ def test_changed_data_is_run_again(pair: tuple[Path, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"tasks": "helaswag"}, RecipeError, "did you mean 'hellaswag'"),
         ({"tasks": "arc_easy"}, EvaluationError, "no data for arc_easy"),
         ({"runtime": "vlm"}, RecipeError, "did you mean 'vllm'"),
         ({"runtime": "llama.cpp"}, RecipeError, "reads .gguf"),

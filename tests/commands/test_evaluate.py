@@ -7,23 +7,36 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lowbit.cli import main
 from tests.report.runs import write_artifact
 from tests.task_data import write_task_data
 
-
-def run(*arguments: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    import os
-
-    script = Path(sys.executable).with_name("lowbit")
-    variables = {**os.environ, **({"XDG_CACHE_HOME": str(cache)} if cache else {})}
-    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=variables)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_tasks_from_files_then_compare_and_report(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The entry point of the script, in this process: libraries are read once for all tests."""
+
+    def called(*arguments: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
+        if cache is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), said.out, said.err)
+
+    return called
+
+
+def test_tasks_from_files_then_compare_and_report(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     data = write_task_data(tmp_path)
     done = run("evaluate", tiny_llama, "--base", tiny_llama, "--tasks", "hellaswag:4,kl", "--data", data, "--windows", "2",
@@ -49,7 +62,7 @@ def test_tasks_from_files_then_compare_and_report(tiny_llama: Path, tmp_path: Pa
         (["--runtime", "llamacpp"], 2, "did you mean 'llama.cpp'"),
     ],
 )
-def test_errors(arguments: list[str], code: int, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_errors(run: Run, arguments: list[str], code: int, said: str, tiny_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = run("evaluate", tiny_llama, "--base", tiny_llama, *arguments, cache=tmp_path)
     assert done.returncode == code, done.stderr
@@ -58,7 +71,7 @@ def test_errors(arguments: list[str], code: int, said: str, tiny_llama: Path, tm
     assert "Traceback" not in done.stderr
 
 
-def test_not_good_enough_is_exit_code_3(tiny_llama: Path, tmp_path: Path) -> None:
+def test_not_good_enough_is_exit_code_3(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
     # 8 bits: so good that nothing but the limit can fail
     asked = [
         "quantize",
@@ -80,7 +93,7 @@ def test_not_good_enough_is_exit_code_3(tiny_llama: Path, tmp_path: Path) -> Non
     assert run(*asked, "--no-verify", "--max-kl", "0.1").returncode == 2
 
 
-def test_compare_is_sorted_json(tmp_path: Path) -> None:
+def test_compare_is_sorted_json(run: Run, tmp_path: Path) -> None:
     artifacts = [write_artifact(tmp_path / name, name, 100, kl, 0.4, 9.0) for name, kl in (("rtn", 0.2), ("gptq", 0.1))]
     rows = json.loads(run("compare", *artifacts, "--json").stdout)
     assert [row["kl"] for row in rows] == [0.0, 0.1, 0.2]

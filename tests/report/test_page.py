@@ -68,8 +68,9 @@ def test_readable_without_sight(pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize(("name", "charts"), [("en", 4), ("zh", 4), ("bare", 1)])
-@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+@pytest.mark.parametrize(
+    ("name", "charts", "size"), [("en", 4, "1280,900"), ("zh", 4, "390,844"), ("bare", 1, "390,844")]
+)
 def test_draws_in_chromium(name: str, charts: int, size: str, pages: dict[str, Path], tmp_path: Path) -> None:
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",

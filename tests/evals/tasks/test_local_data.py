@@ -63,8 +63,3 @@ def test_names() -> None:
             parse_tasks(wrong, None)
     with pytest.raises(RecipeError, match="part of two"):
         find_leaves(parse_tasks("mmlu,mmlu_anatomy", None))
-
-
-def test_a_typo_gets_a_suggestion() -> None:
-    with pytest.raises(RecipeError, match="did you mean 'hellaswag'"):
-        find_leaves(parse_tasks("helaswag", None))
