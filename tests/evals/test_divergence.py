@@ -80,3 +80,11 @@ def test_a_model_against_itself(pair: tuple[Path, Path]) -> None:
     same = measure(streamed(pair[0]), WINDOWS, Silent(), base=streamed(pair[0]))
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.top1 == 1.0
+
+
+def test_a_model_against_itself_is_run_once(pair: tuple[Path, Path]) -> None:
+    base, again = streamed(pair[0]), streamed(pair[0])
+    again.run_block = None  # type: ignore[method-assign,assignment]  # would fail if it were called
+    found = measure(again, WINDOWS, Silent(), base=base)
+    assert (found.kl, found.top1) == (0, 1)
+    assert found.perplexity == found.base_perplexity

@@ -105,11 +105,14 @@ def measure_details(
 ) -> Details:
     """`measure`, with the distribution over tokens and the worst of them."""
     models = [candidate] if base is None else [base, candidate]
-    progress.start("measure", sum(len(model.blocks) for model in models) + len(windows))
-    states = []
+    itself = base is not None and _same(base, candidate)  # one pass tells both
+    progress.start("measure", sum(len(model.blocks) for model in models[: 1 if itself else 2]) + len(windows))
+    states: list[Tensor] = []
     for model in models:
         fill = functools.partial(_last_states, model, windows, progress)
-        if model is base and cache is not None:
+        if itself and states:
+            states.append(states[0])
+        elif model is base and cache is not None:
             kept, known = cached_states(cache, model, windows, fill)
             states.append(kept)
             for _ in model.blocks if known else ():
@@ -129,6 +132,13 @@ def measure_details(
                 totals.add(log_probs, targets)
             progress.advance()
     return totals.details(*windows.shape)
+
+
+def _same(one: StreamedModel, other: StreamedModel) -> bool:
+    return one.checkpoint.identity() == other.checkpoint.identity() and (one.dtype, one.device) == (
+        other.dtype,
+        other.device,
+    )
 
 
 def _last_states(model: StreamedModel, windows: Tensor, progress: Progress, states: Tensor) -> None:
