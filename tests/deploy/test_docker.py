@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lowbit.deploy.objects.pod import USER
 
@@ -32,3 +35,18 @@ def test_pinned_and_not_root(file: Path) -> None:
     for image in re.findall(r"^(?:FROM|ARG BASE=)\s*(?!\$)(\S+)$", text, re.MULTILINE):
         assert ":" in image
         assert not image.endswith(":latest")
+
+
+def test_packages_are_pinned() -> None:
+    """What the images install is in the constraints, in a version that pyproject.toml takes."""
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = [each for name in ("gguf", "bitsandbytes", "serving", "hub", "gpu")
+              for each in project["optional-dependencies"][name]]  # fmt: skip
+    lines = (root / "docker/constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for each in map(Requirement, [*project["dependencies"], *extras]):
+        assert each.specifier.contains(pinned[canonicalize_name(each.name)]), each
+    for file in FILES:
+        for line in re.findall(r"pip install (.+)$", file.read_text(), re.MULTILINE):
+            assert "--constraint" in line or re.search(r"==\d", line), line
