@@ -36,7 +36,10 @@ class Architecture:
     scalings: see Scaling.
     transposed: linear layers are Conv1D and store [in, out].
     norm_offset: what a norm adds to its stored weight (gemma: 1 + weight).
-    experts: path of the block's expert list or fused experts, where a token visits few of them.
+    experts: path within the block of experts of which a token visits few; their linear layers (lowbit.core.experts) come
+    after `linears`. expert_linears: the checkpoint's names of an expert's gate, up and down projection.
+    stored_as: a child of the block, and what checkpoints and runtimes call it.
+    Layers that a block does not have (one with experts among dense ones) are passed over.
     """
 
     blocks: str
@@ -45,6 +48,8 @@ class Architecture:
     transposed: bool = False
     norm_offset: float = 0.0
     experts: str = ""
+    expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stored_as: tuple[str, str] | None = None
 
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -101,6 +106,29 @@ _OPT = Architecture(
     ),
 )
 
+_MIXTRAL = Architecture(
+    blocks="model.layers",
+    linears=_ATTENTION,
+    scalings=_LLAMA.scalings[:2],
+    experts="block_sparse_moe.experts",
+    expert_linears=("w1", "w3", "w2"),
+    stored_as=("mlp", "block_sparse_moe"),
+)
+_QWEN3_MOE = Architecture(
+    blocks="model.layers",
+    linears=_ATTENTION + _GATED_MLP,
+    scalings=_LLAMA.scalings[:2],
+    experts="mlp.experts",
+)
+_QWEN2_MOE = Architecture(
+    blocks="model.layers",
+    linears=_ATTENTION
+    + _GATED_MLP
+    + (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",)),
+    scalings=_LLAMA.scalings[:2],
+    experts="mlp.experts",
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -108,6 +136,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen3_moe": _QWEN3_MOE,
     "phi3": _PHI3,
     "gpt2": _GPT2,
     "opt": _OPT,

@@ -14,8 +14,8 @@ from lowbit.core.scheme import WeightScheme
 
 # shrink factors tried for the range of a group; least-squares steps take over from there. More of them lower the error of
 # real weights by less than 0.5 percent
-_SHRINK = (1.0, 0.9, 0.8, 0.7)
-_REFINEMENTS = 3
+SHRINK = (1.0, 0.9, 0.8, 0.7)
+REFINEMENTS = 3
 # weights searched at a time: bounds the temporaries (about 10 float32 copies) and keeps them in the cache
 _CHUNK = 2**18
 
@@ -74,7 +74,7 @@ def _search(grouped: Tensor, cost: Tensor, scheme: WeightScheme, scale_dtype: to
     best_error = torch.full(grouped.shape[:-1], torch.inf, device=grouped.device)
     best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
     for scale, zero in _candidates(grouped, scheme):
-        for _ in range(_REFINEMENTS):
+        for _ in range(REFINEMENTS):
             scale, zero = _stored(scale, zero, scale_dtype)
             offsets = to_codes(grouped, scale[..., None], zero[..., None], scheme.max_code).sub_(zero[..., None])
             weighted = cost * offsets
@@ -92,14 +92,14 @@ def _candidates(grouped: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Ten
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if not scheme.symmetric:
         pairs = []
-        for shrink in _SHRINK:
+        for shrink in SHRINK:
             scale = ((high - low) * shrink / scheme.max_code).clamp_min(1e-30)
             pairs.append((scale, torch.round(-low * shrink / scale).clamp(0, scheme.max_code)))
         return pairs
     middle = torch.full_like(low, scheme.middle)
     extremum = _extremum(grouped) / -scheme.middle
     even = torch.maximum(high, -low) / (scheme.max_code / 2)
-    return [(scale * shrink, middle) for scale in (extremum, even) for shrink in _SHRINK]
+    return [(scale * shrink, middle) for scale in (extremum, even) for shrink in SHRINK]
 
 
 def _extremum(grouped: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lowbit.core.architectures import Architecture, known_architecture, unknown_
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CheckpointError
+from lowbit.core.experts import take_experts_apart
 from lowbit.core.skeleton import build_skeleton
 
 
@@ -39,6 +40,7 @@ class StreamedModel:
         self.known = known_architecture(model_type) is not None
         self.architecture = known_architecture(model_type) or _guess_architecture(model_type, self.skeleton)
         self.blocks: nn.ModuleList = self.skeleton.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        self.architecture = take_experts_apart(model_type, self.architecture, self.blocks)
         self._stored = _stored_names(self.skeleton, checkpoint)
         self._arguments: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from lowbit.core.distributed import World
 from lowbit.core.qtensor import QTensor
 from lowbit.core.statistics import InputStatistics, tensor_float32_products
 from lowbit.methods.inputs import with_input_scale
+from lowbit.pipeline import experts
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
 from lowbit.pipeline.passage import BEFORE, BEHIND, BETWEEN
 from lowbit.pipeline.plan import LayerPlan, needs_input_scale
@@ -37,17 +38,22 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
         known = transform_block(job, note)
     result = BlockResult(weights=job.weights)
     groups = job.groups()
-    steps = [[group] for group in groups] if sequential else [groups]
+    columns = [job.columns(group[0]) for group in groups]
+    steps: Sequence[Sequence[Sequence[str]]] = [groups]
+    if sequential:
+        steps = experts.steps(job.model.architecture, groups, columns)
     for number, step in enumerate(steps):
         following = steps[number + 1][0][0] if number + 1 < len(steps) else None
         until = _last_place_before(job, following)
         statistics = _statistics(job, step, known, stale=sequential and number > 0, until=until)
+        unseen = _for_unseen(job, statistics)
         for group in step:
             shared, stacks = statistics.pop(group[0], None), _stacks(job, group)
             for stack in stacks:
                 note(f"{job.path} {', '.join(name.rpartition('.')[2] for name in stack)}")
                 # methods may empty what they are given: only the last stack gets the statistics themselves
-                _quantize_stack(job, stack, shared if stack is stacks[-1] else copy.copy(shared), result)
+                own = shared if stack is stacks[-1] else copy.copy(shared)
+                _quantize_stack(job, stack, own, result, unseen.get(group[0]))
         if until == BETWEEN:
             for stream in (job.arriving, job.original):
                 if stream is not None:
@@ -82,13 +88,38 @@ def _statistics(
     return found | watch(job, missing, on_to=until if until > at and not job.transforms else None)
 
 
+def _for_unseen(job: BlockJob, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
+    """For experts that saw too few tokens: the statistics of all experts that were watched with them."""
+    kinds: dict[int, list[str]] = {}
+    for name, one in statistics.items():
+        if experts.is_expert(job.model.architecture, name):
+            kinds.setdefault(one.features, []).append(name)
+    found: dict[str, InputStatistics] = {}
+    for names in kinds.values():
+        few = [name for name in names if experts.saw_too_few(statistics[name])]
+        if few:
+            found.update(dict.fromkeys(few, experts.of_all_experts([statistics[name] for name in names])))
+    return found
+
+
 def _quantize_stack(
-    job: BlockJob, names: Sequence[str], statistics: InputStatistics | None, result: BlockResult
+    job: BlockJob,
+    names: Sequence[str],
+    statistics: InputStatistics | None,
+    result: BlockResult,
+    unseen: InputStatistics | None,
 ) -> None:
-    """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place."""
+    """Quantize layers that share input, scheme and method as one tall matrix, and put each part in its place.
+
+    unseen: what to go by instead of `statistics`, for an expert that saw too few tokens.
+    """
     plan = job.layers[f"{job.path}.{names[0]}"]
     stacked = job.matrix(names[0]) if len(names) == 1 else torch.cat([job.matrix(name) for name in names])
-    quantized = _by_all(job, plan, stacked, statistics)
+    if unseen is not None and statistics is not None:
+        statistics = unseen
+        quantized = experts.round_unseen(stacked, unseen, plan, job.scale_dtype(plan))
+    else:
+        quantized = _by_all(job, plan, stacked, statistics)
     if statistics is not None and needs_input_scale(plan.scheme):
         quantized = with_input_scale(quantized, statistics, plan.scheme, job.scale_dtype(plan))
     powers = torch.zeros(len(stacked), 2, device=stacked.device)
@@ -173,4 +204,5 @@ def _stacks(job: BlockJob, group: Sequence[str]) -> list[list[str]]:
 
 
 def _needs_of(job: BlockJob, group: Sequence[str]) -> Needs:
-    return functools.reduce(Needs.__or__, (job.layers[f"{job.path}.{name}"].needs for name in group))
+    needs = functools.reduce(Needs.__or__, (job.layers[f"{job.path}.{name}"].needs for name in group))
+    return experts.needs_of_expert(needs) if experts.is_expert(job.model.architecture, group[0]) else needs

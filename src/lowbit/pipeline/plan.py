@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.core.contracts import Format, Method, Needs, TensorSpec
 from lowbit.core.errors import FormatError, RecipeError, did_you_mean
@@ -122,9 +122,12 @@ def linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
     """Linear layers of all blocks and their (out, in), in order of execution, then the head."""
     shapes: dict[str, tuple[int, int]] = {}
     for index, block in enumerate(model.blocks):
+        parameters = dict(block.named_parameters())
         for group in model.architecture.linears:
             for name in group:
-                rows, columns = block.get_parameter(f"{name}.weight").shape
+                if f"{name}.weight" not in parameters:  # a dense block among those with experts, or the other way round
+                    continue
+                rows, columns = parameters[f"{name}.weight"].shape
                 shape = (columns, rows) if model.architecture.transposed else (rows, columns)
                 shapes[f"{model.block_path(index)}.{name}"] = shape
     head = getattr(model.skeleton, "lm_head", None)
@@ -137,7 +140,15 @@ def _other_linears(model: StreamedModel, linears: Mapping[str, tuple[int, int]])
     """Linear layers that the table of architectures does not name (projections around the blocks, routers): a
     configuration that speaks of every linear layer has to leave them out."""
     modules = model.skeleton.named_modules()
-    return [path for path, module in modules if isinstance(module, nn.Linear) and path not in linears]
+    return [path for path, module in modules if _looks_linear(path, module) and path not in linears]
+
+
+def _looks_linear(path: str, module: nn.Module) -> bool:
+    """Routers of experts are no nn.Linear in transformers, but are in the runtimes that read the configuration."""
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) or (
+        path.endswith(".gate") and isinstance(weight, Tensor) and weight.dim() == 2
+    )
 
 
 def needs_input_scale(scheme: Scheme) -> bool:

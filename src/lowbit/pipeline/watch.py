@@ -42,8 +42,8 @@ def watch(job: BlockJob, needs: Mapping[str, Needs], *, on_to: int | None = None
     if compares and job.original is not None:
         originals = job.original.inputs(watched, on_to=on_to, weights=job.weights if job.transforms else None)
     for inputs, compared in zip(job.arriving.inputs(watched), originals, strict=True):
-        for name in watched:
-            statistics[name].add(inputs[name], compared.get(name))
+        for name, given in inputs.items():  # an expert may have been given nothing
+            statistics[name].add(given, compared.get(name))
     for one in statistics.values():
         one.finish(job.world)
     return statistics
