@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
-from lowbit.core.primitives import to_codes
+# columns that see each other's errors one by one; those further on get them together, as a matrix product
+_NEAR = 32
+
+
+@functools.cache
+def compiled() -> bool:
+    """Whether numba is installed, which runs these loops several times faster on a CPU (the extra `cpu`)."""
+    return importlib.util.find_spec("numba") is not None
 
 
 def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
@@ -18,13 +28,23 @@ def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_
         from lowbit.methods import kernels
 
         return kernels.compensate(weight, factor, scale, zero, max_code)
+    if compiled():
+        from lowbit.methods import cpu_kernels
+
+        return cpu_kernels.compensate(weight, factor, scale, zero, max_code)
     # transposed: a column is one contiguous row
     columns, scales, zeros = (tensor.T.contiguous() for tensor in (weight, scale, zero))
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    for j in range(len(columns)):
-        codes[j] = to_codes(columns[j], scales[j], zeros[j], max_code)
-        errors[j] = (columns[j] - scales[j] * (codes[j] - zeros[j])) / factor[j, j]
-        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    strength = factor.diagonal().reciprocal().tolist()
+    for start in range(0, len(columns), _NEAR):
+        stop = min(start + _NEAR, len(columns))
+        for j in range(start, stop):
+            code, error = codes[j], errors[j]
+            torch.div(columns[j], scales[j], out=code).add_(zeros[j]).round_().clamp_(0, max_code)
+            torch.sub(code, zeros[j], out=error)
+            torch.addcmul(columns[j], error, scales[j], value=-1, out=error).mul_(strength[j])
+            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return codes.T, errors.T
 
 
@@ -38,11 +58,23 @@ def descend(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, code
         from lowbit.methods import kernels
 
         return kernels.descend(gradient, hessian, scale, zero, codes, max_code)
+    if compiled():
+        from lowbit.methods import cpu_kernels
+
+        return cpu_kernels.descend(gradient, hessian, scale, zero, codes, max_code)
     slopes, scales, zeros, columns = (tensor.T.contiguous() for tensor in (gradient, scale, zero, codes))
-    power = hessian.diagonal()
-    for j in range(len(columns)):
-        quantized = (columns[j] - zeros[j]) * scales[j]
-        code = to_codes(quantized + slopes[j] / power[j], scales[j], zeros[j], max_code)
-        slopes.addr_(hessian[j], (code - columns[j]) * scales[j], alpha=-1)
-        columns[j] = code
+    inverse_power = hessian.diagonal().reciprocal().tolist()
+    moved = torch.empty_like(columns)
+    for start in range(0, len(columns), _NEAR):
+        stop = min(start + _NEAR, len(columns))
+        for j in range(start, stop):
+            own, change = columns[j], moved[j]
+            torch.sub(own, zeros[j], out=change).mul_(scales[j]).add_(slopes[j], alpha=inverse_power[j])
+            change.div_(scales[j]).add_(zeros[j]).round_().clamp_(0, max_code)
+            before = own.clone()
+            own.copy_(change)
+            change.sub_(before)
+            change.mul_(scales[j])
+            slopes[j + 1 : stop].addr_(hessian[j, j + 1 : stop], change, alpha=-1)
+        slopes[stop:].addmm_(hessian[start:stop, stop:].T, moved[start:stop], alpha=-1)
     return columns.T

@@ -23,12 +23,14 @@ from lowbit.core.errors import CalibrationError
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
-from lowbit.methods.columns import compensate
+from lowbit.methods.columns import compensate, compiled
 from lowbit.methods.refine import descend_codes, fit_scales
 from lowbit.methods.rtn import make_qtensor
 
 ActOrder = Literal["static", "desc", "none"]
 _DAMP_RETRIES = 4
+# columns in a group that the GPU's grid search takes; a row with one scale is left to PyTorch
+LONGEST_GROUP = 1024
 # rows are rounded this many weights at a time on a CPU
 _WEIGHTS_AT_ONCE = 2**22
 
@@ -103,7 +105,7 @@ def _round_rows(
 ) -> tuple[Tensor, Grid]:
     """Codes [rows, in] uint8 and grid of some rows."""
     if options.search:
-        grid = search_grid(target[:, by_group], scheme, scale_dtype, cost[by_group])
+        grid = _searched(target[:, by_group], scheme, scale_dtype, cost[by_group])
     else:
         grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
     codes = torch.empty_like(target)
@@ -114,6 +116,18 @@ def _round_rows(
         codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
     hessian.diagonal().sub_(damp)
     return codes.to(torch.uint8), grid
+
+
+def _searched(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, cost: Tensor) -> Grid:
+    if weight.is_cuda and scheme.columns_per_scale(weight.shape[1]) <= LONGEST_GROUP:
+        from lowbit.methods import grid_kernels
+
+        return grid_kernels.search_grid(weight, scheme, scale_dtype, cost)
+    if not weight.is_cuda and compiled():
+        from lowbit.methods import cpu_kernels
+
+        return cpu_kernels.search_grid(weight, scheme, scale_dtype, cost)
+    return search_grid(weight, scheme, scale_dtype, cost)
 
 
 def round_columns(
