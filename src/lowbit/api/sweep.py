@@ -153,9 +153,11 @@ class _Sweeping:
         """Measure an artifact unless an earlier run did, and write what its record lacks until it is verified."""
         evaluation = self._evaluation(artifact)
         own = run_file(artifact)
-        asked = json.loads(json.dumps({f.name: str(getattr(evaluation, f.name)) for f in fields(Evaluation)}))
+        asked = {f.name: str(getattr(evaluation, f.name)) for f in fields(Evaluation)}
         before = read_run(own) if own.is_file() else None
-        if before is not None and before.get("asked") == asked:
+        # a run from before an option was there was made as by its default
+        usual = {f.name: str(getattr(Evaluation(), f.name)) for f in fields(Evaluation)}
+        if before is not None and "asked" in before and usual | before["asked"] == asked:
             return
         # a copy in the model's own dtype is the model: its results are known
         same = recipe.method == "cast" and recipe.dtype in ("auto", self._stored_dtype())
