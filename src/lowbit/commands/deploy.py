@@ -16,12 +16,18 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default="deploy-NAME")
 ]
 Target = Annotated[str, typer.Option(help="kubernetes (Kustomize and Helm), compose, systemd or ollama.")]
-Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Of the overlays.")]
-Node = Annotated[list[str] | None, typer.Option("--node", metavar="LABEL=VALUE", help="Label of nodes; repeatable.")]
-Image = Annotated[str | None, typer.Option(metavar="REPOSITORY:TAG[@DIGEST]", help="Instead of the pinned one.")]
-Memory = Annotated[int | None, typer.Option(metavar="GIB", help="Of a pod.", show_default="from the bytes")]
+Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the overlays.")]
+Node = Annotated[
+    list[str] | None, typer.Option("--node", metavar="LABEL=VALUE", help="Only nodes with this label; repeatable.")
+]
+Image = Annotated[
+    str | None, typer.Option(metavar="REPOSITORY:TAG[@DIGEST]", help="Container image, instead of the pinned one.")
+]
+Memory = Annotated[int | None, typer.Option(metavar="GIB", help="Memory of a pod.", show_default="from the bytes")]
 Models = Annotated[Path, typer.Option(metavar="DIR", help="compose, systemd, ollama: folder with the model here.")]
-Token = Annotated[str, typer.Option("--hub-secret", metavar="SECRET", help="Its key token is the hub's token.")]
+Token = Annotated[
+    str, typer.Option("--hub-secret", metavar="SECRET", help="Secret with the hub's token under the key token.")
+]
 
 
 @app.command()
@@ -34,29 +40,29 @@ def serve(
     output: Output = None,
     target: Target = "kubernetes",
     namespace: Namespace = "",
-    name: Annotated[str | None, typer.Option(help="Of the objects.", show_default="the artifact's")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the objects.", show_default="the artifact's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="A node's GPU or CPU, as in recommend: l4, h100x8, cpu:16c,64g.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Of a pod.", show_default="as few as it fits on, or 1")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a pod.", show_default="as few as it fits on, or 1")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share one model (vLLM, LeaderWorkerSet).")] = 1,
-    context: Annotated[int | None, typer.Option(min=16, help="Tokens of a sequence.", show_default="at most 4096")] = None,
+    context: Annotated[int | None, typer.Option(min=16, help="Tokens of a sequence, prompt and answer.", show_default="at most 4096")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     cpu: Annotated[int | None, typer.Option(min=1, help="Cores; threads on a CPU.")] = None,
     memory: Memory = None,
     image: Image = None,
-    puller: Annotated[str | None, typer.Option(metavar="IMAGE", help="With hub: sources, an image that has hf.")] = None,
+    puller: Annotated[str | None, typer.Option(metavar="IMAGE", help="With hub: sources: image of the container that downloads, with the command hf.")] = None,
     source: Annotated[
-        str | None, typer.Option(help="claim:NAME[/PATH], image:REF or hub:ID[@REVISION].", show_default="claim:models")
+        str | None, typer.Option(help="claim:NAME[/PATH], image:REF or hub:ID[@REVISION].", show_default="claim:models/NAME")
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Pods, at least.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="Pods, at most.")] = 4,
     autoscale: Annotated[str, typer.Option(help="none, hpa or keda.")] = "none",
     route: Annotated[str, typer.Option(help="none, ingress or gateway.")] = "none",
-    host: Annotated[str, typer.Option(help="Of the route.")] = "model.example.com",
-    kserve: Annotated[bool, typer.Option("--kserve", help="An LLMInferenceService instead.")] = False,
-    monitoring: Annotated[bool, typer.Option("--monitoring/--no-monitoring", help="A ServiceMonitor.")] = True,
+    host: Annotated[str, typer.Option(help="Host name of the route.")] = "model.example.com",
+    kserve: Annotated[bool, typer.Option("--kserve", help="KServe's LLMInferenceService instead of a Deployment.")] = False,
+    monitoring: Annotated[bool, typer.Option("--monitoring/--no-monitoring", help="Prometheus' ServiceMonitor.")] = True,
     secret: Annotated[
-        str | None, typer.Option("--key-secret", metavar="SECRET", help="Its key api-key; '' for no key.",
+        str | None, typer.Option("--key-secret", metavar="SECRET", help="Secret with the API key under the key api-key; '' for no key.",
                                  show_default="NAME-api-key")
     ] = None,
     hub_secret: Token = "",
@@ -109,13 +115,13 @@ def serve(
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, its config.json, or a hub id.")],
     methods: Annotated[
-        str, typer.Option("--method", "--methods", help="One; or several, for an Indexed Job.")
+        str, typer.Option("--method", "--methods", help="One method; or several with commas, for an Indexed Job.")
     ] = "gptq",
     recipe: Annotated[Path | None, typer.Option(help="Recipe in YAML, instead of --method.")] = None,
     output: Output = None,
-    target: Target = "kubernetes",
+    target: Annotated[str, typer.Option(help="kubernetes (Kustomize and Helm) or compose.")] = "kubernetes",
     namespace: Namespace = "",
-    name: Annotated[str | None, typer.Option(help="Of the objects.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the objects.", show_default="quantize-MODEL")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns that share a scale, 0 a row, or auto.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
@@ -125,24 +131,33 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="As in lowbit quantize.")] = None,
     claim: Annotated[
-        str | None, typer.Option(metavar="NAME[/PATH]", help="With the checkpoint.", show_default="models/NAME")
+        str | None,
+        typer.Option(
+            metavar="NAME[/PATH]", help="PersistentVolumeClaim with the checkpoint.", show_default="models/NAME"
+        ),
     ] = None,
-    output_claim: Annotated[str, typer.Option(help="Claim of artifacts and journal.")] = "quantized-models",
-    existing_claim: Annotated[bool, typer.Option("--existing-claim", help="It is there: do not create it.")] = False,
-    storage_class: Annotated[str, typer.Option(help="Of the created claim.")] = "",
+    output_claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim of artifacts and journal.")
+    ] = "quantized-models",
+    existing_claim: Annotated[
+        bool, typer.Option("--existing-claim", help="The output claim is there already: do not create it.")
+    ] = False,
+    storage_class: Annotated[str, typer.Option(help="StorageClass of the output claim.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    gpus: Annotated[int, typer.Option(min=1, help="Of a pod; they share a run.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a pod, which share a run.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Pods that share one run: a JobSet, joined by torchrun.")] = 1,
     cpu: Annotated[int | None, typer.Option(min=1, help="Cores.", show_default="4 a GPU, 8 without")] = None,
     memory: Memory = None,
     image: Image = None,
     parallel: Annotated[int, typer.Option(min=1, help="Pods of a sweep at once.")] = 1,
     queue: Annotated[str, typer.Option(help="Kueue's LocalQueue; the Job waits for it.")] = "",
-    hours: Annotated[int, typer.Option(min=1, help="For all tries together.")] = 24,
+    hours: Annotated[int, typer.Option(min=1, help="Deadline of all tries together (with --nodes: of each try).")] = 24,
     hub_secret: Token = "",
     node: Node = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not measure the result.")] = False,
-    models: Models = Path("models"),
+    models: Annotated[Path, typer.Option(metavar="DIR", help="compose: folder with the checkpoint here.")] = Path(
+        "models"
+    ),
 ) -> None:
     """Write the Job that quantizes a model: its recipe in a ConfigMap, claims, and a run that survives evictions.
 

@@ -14,7 +14,9 @@ Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="YAML files
 def validate(
     paths: Paths,
     fix: Annotated[bool, typer.Option("--fix", help="Mend what is mechanical, in place (comments are lost).")] = False,
-    kubernetes: Annotated[str | None, typer.Option(metavar="VERSION", help="Of the schema, such as 1.37.")] = None,
+    kubernetes: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Version whose schema is asked, such as 1.37.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -57,7 +59,9 @@ def migrate(
     paths: Paths,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = Path("migrated"),
     model: Annotated[str | None, typer.Option(help="Path of the model in its claim, where none is named.")] = None,
-    image: Annotated[str | None, typer.Option(metavar="REPOSITORY:TAG", help="Of lowbit, in your registry.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="REPOSITORY:TAG", help="lowbit's image in your registry.")
+    ] = None,
 ) -> None:
     """Explain what is wrong with old manifests and write their modern equivalents with the same intent.
 

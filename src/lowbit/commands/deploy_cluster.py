@@ -13,10 +13,13 @@ from lowbit.core.errors import RecipeError
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="YAML files, folders, Kustomize trees.")]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Of objects that name none.", show_default="the context's")
+    str | None,
+    typer.Option("--namespace", "-n", help="Namespace of objects that name none.", show_default="the context's"),
 ]
-Context = Annotated[str | None, typer.Option(help="Of the kubeconfig.")]
-Kubeconfig = Annotated[Path | None, typer.Option(help="File; inside a cluster its service account is taken.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+Kubeconfig = Annotated[
+    Path | None, typer.Option(help="kubeconfig file; inside a cluster its service account is taken.")
+]
 
 
 def plan(paths: Paths, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -52,7 +55,9 @@ def apply(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until servers are ready and Jobs are done.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 1800,
-    force_conflicts: Annotated[bool, typer.Option("--force-conflicts", help="Take over fields of others.")] = False,
+    force_conflicts: Annotated[
+        bool, typer.Option("--force-conflicts", help="Take over fields that others manage.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -78,7 +83,9 @@ def apply(
 
 def delete(
     paths: Paths,
-    with_data: Annotated[bool, typer.Option("--with-data", help="Claims too: artifacts are lost.")] = False,
+    with_data: Annotated[
+        bool, typer.Option("--with-data", help="Delete claims too: the artifacts on them are lost.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
