@@ -45,12 +45,12 @@ def serve(
     hardware: Annotated[str | None, typer.Option(help="A node's GPU or CPU, as in recommend: l4, h100x8, cpu:16c,64g.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a pod.", show_default="as few as it fits on, or 1")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share one model (vLLM, LeaderWorkerSet).")] = 1,
-    context: Annotated[int | None, typer.Option(min=16, help="Tokens of a sequence, prompt and answer.", show_default="at most 4096")] = None,
+    context: Annotated[int | None, typer.Option(min=16, help="Tokens of a sequence.", show_default="at most 4096")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     cpu: Annotated[int | None, typer.Option(min=1, help="Cores; threads on a CPU.")] = None,
     memory: Memory = None,
     image: Image = None,
-    puller: Annotated[str | None, typer.Option(metavar="IMAGE", help="With hub: sources: image of the container that downloads, with the command hf.")] = None,
+    puller: Annotated[str | None, typer.Option(metavar="IMAGE", help="With hub: sources, an image that has hf.")] = None,
     source: Annotated[
         str | None, typer.Option(help="claim:NAME[/PATH], image:REF or hub:ID[@REVISION].", show_default="claim:models/NAME")
     ] = None,
@@ -62,7 +62,7 @@ def serve(
     kserve: Annotated[bool, typer.Option("--kserve", help="KServe's LLMInferenceService instead of a Deployment.")] = False,
     monitoring: Annotated[bool, typer.Option("--monitoring/--no-monitoring", help="Prometheus' ServiceMonitor.")] = True,
     secret: Annotated[
-        str | None, typer.Option("--key-secret", metavar="SECRET", help="Secret with the API key under the key api-key; '' for no key.",
+        str | None, typer.Option("--key-secret", metavar="SECRET", help="Secret with the key api-key; '' for none.",
                                  show_default="NAME-api-key")
     ] = None,
     hub_secret: Token = "",
