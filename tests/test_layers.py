@@ -10,6 +10,7 @@ import lowbit
 SOURCE = Path(lowbit.__file__).parent
 # each package may import from its own row's set; what is not listed may import anything in the rows below
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"commands"},
     {"api"},
