@@ -19,7 +19,8 @@ class InputStatistics:
 
     gram: [in, in] float32, sum of x x^T, after `finish` the mean; what the GPTQ paper calls the Hessian, but for a factor 2.
     cross: [in, in] float32, of (x_original - x) x^T likewise, when the inputs of the original model are collected too.
-    largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs.
+    largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs; both stay
+    zero without `sizes`.
     tokens: number of tokens summed.
     sample: [tokens / sample_every, in], every so manieth token's input as it is; None without `sample_every`.
     before: tokens that other processes see before this one's, so that all together sample the same ones.
@@ -32,11 +33,12 @@ class InputStatistics:
         *,
         gram: bool = True,
         cross: bool = False,
+        sizes: bool = True,
         sample_every: int = 0,
         before: int = 0,
     ) -> None:
         self.features, self.before = features, before
-        self.sample_every = sample_every
+        self.sizes, self.sample_every = sizes, sample_every
         self.sample: Tensor | None = None
         self._samples: list[Tensor] = []
         self.tokens = 0
@@ -51,9 +53,10 @@ class InputStatistics:
         if self.sample_every:
             self._samples.append(x[-(self.before + self.tokens) % self.sample_every :: self.sample_every].clone())
         self.tokens += x.shape[0]
-        magnitude = x.abs()
-        self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
-        self.absolute += magnitude.sum(0, dtype=torch.float32)
+        if self.sizes:
+            magnitude = x.abs()
+            self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
+            self.absolute += magnitude.sum(0, dtype=torch.float32)
         if self.gram is not None:
             accumulate_product_(self.gram, x, x)
         if self.cross is not None and original is not None:

@@ -32,6 +32,7 @@ def watch(job: BlockJob, needs: Mapping[str, Needs], *, on_to: int | None = None
             job.model.device,
             gram=need.gram,
             cross=need.original,
+            sizes=need.inputs,
             sample_every=every if need.sample else 0,
             before=states.first * length,
         )
