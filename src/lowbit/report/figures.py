@@ -57,9 +57,8 @@ def scatter(points: Sequence[Point], x: str, y: str, front: str, *, lower_is_bet
             hovertemplate=f"%{{fullData.name}}<br>{x}: %{{x:.1f}}<br>{y}: %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        template="none", margin={"l": 60, "r": 10, "t": 10, "b": 50}, legend={"orientation": "h", "y": -0.25},
-        xaxis={"title": {"text": x}, "rangemode": "tozero"},
-        yaxis={"title": {"text": y}, **({"type": "log", "dtick": 1} if lower_is_better else {})},
+        **_around(y), xaxis={"title": {"text": x}, "rangemode": "tozero"},
+        yaxis={"type": "log", "dtick": "D2"} if lower_is_better else {},
     )  # fmt: skip
     return _plain(figure)
 
@@ -116,11 +115,23 @@ def kl_lines(histograms: Sequence[tuple[int, str, Mapping[str, Any]]], x: str, y
             hovertemplate="%{fullData.name}<br>%{x:.3g} nats: %{y:.1f}%<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        template="none", margin={"l": 60, "r": 10, "t": 10, "b": 50}, legend={"orientation": "h", "y": -0.25},
+        **_around(y), yaxis={"rangemode": "tozero"},
         xaxis={"title": {"text": x}, "type": "log", "dtick": 1, "exponentformat": "power", "range": [-5, 1]},
-        yaxis={"title": {"text": y}, "rangemode": "tozero"},
     )  # fmt: skip
     return _plain(figure)
+
+
+def _around(y: str) -> dict[str, Any]:
+    """What is around a chart of lines or points: the vertical axis' title above it, so that it is never cut, and the legend
+    at the bottom of all, so that it never lies on the horizontal one's."""
+    title = {"text": y, "x": 0, "y": 1, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom",
+             "xshift": -40, "yshift": 6, "showarrow": False}  # fmt: skip
+    return {
+        "template": "none",
+        "margin": {"l": 50, "r": 10, "t": 34, "b": 50},
+        "annotations": [title],
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xref": "container"},
+    }
 
 
 def _plain(figure: Any) -> dict[str, Any]:

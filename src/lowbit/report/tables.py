@@ -28,7 +28,8 @@ def row(
 
 
 def method_name(record: Mapping[str, Any]) -> str:
-    """ "gptq 4-bit g64", "awq+rtn 4-bit g128 asym", "cast float16": the recipe's method and the numbers of most layers."""
+    """ "gptq 4-bit g64", "awq+rtn 4-bit g128 asym", "nf4 g64", "cast float16": the recipe's method and the numbers of most
+    layers; numbers that are no integers have a name of their own."""
     recipe = record["recipe"]
     if recipe["format"] == "gguf":
         return str(recipe["method"])
@@ -37,6 +38,10 @@ def method_name(record: Mapping[str, Any]) -> str:
         return f"{recipe['method']} {recipe['dtype']}".removesuffix(" auto")
     usual = max(weights, key=weights.count)
     grouping = f"g{usual['group_size']}" if usual["group_size"] else usual["granularity"]
+    kind = usual.get("kind", "int")
+    if kind != "int":
+        name = f"fp{usual['bits']}" if kind == "float" else kind
+        return "+".join([*recipe.get("transforms", ()), f"{name} {grouping}"])
     method = "+".join([*recipe.get("transforms", ()), recipe["method"]])
     return f"{method} {usual['bits']}-bit {grouping}" + ("" if usual["symmetric"] else " asym")
 
