@@ -162,9 +162,10 @@ class StreamedModel:
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError for NaN; asks the device once for all tensors."""
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+        # a sum tells in a tenth of the time that looking at every number takes; it may only overflow by itself
+        finite = torch.stack([tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors.values()]).tolist()
         for name, good in zip(tensors, finite, strict=True):
-            if not good:
+            if not good and not torch.isfinite(tensors[name]).all():
                 raise CheckpointError(
                     f"tensor {self._stored[name]!r} holds NaN or infinity: the checkpoint is damaged",
                     hint="download it again, or take another checkpoint",
