@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.api.calibration import calibration_windows, held_out_windows
 from lowbit.api.effort import with_effort
-from lowbit.api.run import Result, Settings
+from lowbit.api.run import Result, Settings, run_cost
 from lowbit.api.work_directory import check_place, work_directory
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
@@ -156,7 +156,7 @@ class _Run:
         measurement = self._verify(work, report) if self.settings.verify else None
         record = self._record(report, checksums, digest, measurement) | ({"tuning": tuning} if tuning else {})
         write_json(work / "lowbit.json", record)
-        cost = self._cost(report, quantized - started, time.monotonic() - quantized, peak)
+        cost = run_cost(report.resumed_blocks, quantized - started, time.monotonic() - quantized, peak)
         write_json(work / "lowbit-run.json", cost)
         with output_errors(work):
             (work / "README.md").write_text(model_card(record))
@@ -179,7 +179,7 @@ class _Run:
         return result or Output(work, blocks)
 
     def _follower(self, output: Path, report: RunReport, digest: str | None, seconds: float) -> Result:
-        cost = self._cost(report, seconds, 0.0, peak_memory_mib(self.device))
+        cost = run_cost(report.resumed_blocks, seconds, 0.0, peak_memory_mib(self.device))
         return Result(output, self._record(report, {}, digest, None), cost)
 
     def _calibration_windows(self, work: Path) -> Tensor | None:
@@ -275,18 +275,6 @@ class _Run:
             },
             "checksums": dict(checksums),
             "verification": measurement.to_dict() if measurement else None,
-        }
-
-    def _cost(
-        self, report: RunReport, seconds: float, verification: float, peak: Mapping[str, float]
-    ) -> dict[str, Any]:
-        return {
-            "seconds": round(seconds, 2),
-            "verification_seconds": round(verification, 2),
-            "resumed_blocks": report.resumed_blocks,
-            "peak_memory_mib": {name: round(value, 1) for name, value in peak.items()},
-            "threads": torch.get_num_threads(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,3 +38,17 @@ class Settings:
     max_kl: float | None = None
     restart: bool = False
     min_recovery: float | None = None
+
+
+def run_cost(resumed_blocks: int, seconds: float, verification: float, peak: Mapping[str, float]) -> dict[str, Any]:
+    """What a run took: seconds with and without verification apart, peak memory in MiB, as `lowbit-run.json` keeps it."""
+    import torch
+
+    return {
+        "seconds": round(seconds, 2),
+        "verification_seconds": round(verification, 2),
+        "resumed_blocks": resumed_blocks,
+        "peak_memory_mib": {name: round(value, 1) for name, value in peak.items()},
+        "threads": torch.get_num_threads(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
