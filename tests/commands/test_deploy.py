@@ -46,6 +46,31 @@ def test_quantize_writes_a_job(tiny_llama: Path, tmp_path: Path) -> None:
     assert config["0.output"] == f"{tiny_llama.name}-gptq"
 
 
+def test_quantize_on_several_gpus_and_nodes(tiny_llama: Path, tmp_path: Path) -> None:
+    words = ["--method", "gptq", "--dataset", "pydoc", "--image", "registry.example.com/lowbit:1"]
+    _, text = run("quantize", tiny_llama, *words, "--gpus", "4", "-o", tmp_path / "one")
+    assert "4 GPUs" in text
+    job = yaml.safe_load((tmp_path / "one/kustomize/base/job.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    box = pod["containers"][0]
+    assert box["args"][-4:] == ["--device", "cuda", "--gpus", "4"]
+    assert box["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}} in pod["volumes"]
+
+    run("quantize", tiny_llama, *words, "--nodes", "2", "--gpus", "8", "--name", "both", "-o", tmp_path / "two")
+    base = tmp_path / "two/kustomize/base"
+    group = yaml.safe_load((base / "jobset.yaml").read_text())["spec"]
+    assert group["network"]["subdomain"] == "both"
+    box = group["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert box["command"] == ["torchrun"]
+    assert box["args"][:8] == ["--nnodes", "2", "--nproc-per-node", "8", "--node-rank", "$(JOB_COMPLETION_INDEX)",
+                               "--master-addr", "both-node-0-0.both"]  # fmt: skip
+    assert box["args"][box["args"].index("-m") + 1] == "lowbit.deploy.job_entry"
+    assert yaml.safe_load((base / "output.yaml").read_text())["spec"]["accessModes"] == ["ReadWriteMany"]
+    code, text = run("plan", base)
+    assert (code, text.splitlines()[-1].split(",")[0]) == (0, "at most: 16 GPUs")
+
+
 def test_targets_without_a_cluster(tiny_llama: Path, tmp_path: Path) -> None:
     words = [
         "serve",
@@ -105,6 +130,15 @@ def test_validate_finds_and_mends(tmp_path: Path) -> None:
         (["serve", "MODEL", "--method", "awq", "--target", "kubernets"], "did you mean 'kubernetes'", "one of"),
         (["serve", "MODEL", "--runtime", "transformers", "--autoscale", "keda"], "no queue", "--autoscale none"),
         (["serve", "MODEL", "--load-in", "nf4"], "in transformers", "--runtime transformers"),
+        (["serve", "MODEL", "--method", "awq", "--gpus", "3"], "4 attention heads", "divides them"),
+        (["serve", "MODEL", "--method", "awq", "--gpus", "4", "--nodes", "2"], "over 8 GPUs", "divides them"),
+        (["quantize", "MODEL", "--methods", "gptq,awq", "--nodes", "2"], "several runs", "--parallel N"),
+        (["quantize", "MODEL", "--method", "q4_k_m", "--gpus", "2", "--device", "cuda"], "by one process", "neither"),
+        (["quantize", "MODEL", "--method", "gptq", "--gpus", "2", "--device", "cpu"], "on GPUs alone", "--device cuda"),
+        (["quantize", "MODEL", "--method", "autoround", "--gpus", "2"], "learned on one GPU", "neither"),
+        (["quantize", "MODEL", "--method", "gptq", "--nodes", "2", "--gpus", "8", "--num-samples", "9"], "by 16 GPUs",
+         "at least 16"),
+        (["quantize", "MODEL", "--method", "gptq", "--nodes", "2", "--target", "compose"], "one machine", "--nodes 1"),
         (["quantize", "MODEL", "--method", "gtpq"], "did you mean 'gptq'", "one of"),
         (["validate", "/nowhere.yaml"], "does not exist", "YAML"),
         (["apply", "/nowhere.yaml", "--dry-run", "client"], "is unknown", "server"),

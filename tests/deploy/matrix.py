@@ -102,7 +102,7 @@ def serve_case(row: dict[str, Any], model: Path, index: int) -> Case:
         source=f"{source}-{method}.gguf" if source.startswith("claim") and runtime == "llama.cpp" else source,
         autoscale=row["autoscale"],
         route=row["route"],
-        gpus={"two-gpus": 2, "nodes": 8}.get(row["shape"]),
+        gpus={"two-gpus": 2, "nodes": 2}.get(row["shape"]),
         nodes=2 if row["shape"] == "nodes" else 1,
         kserve=row["shape"] == "kserve",
         secret=row["secret"],

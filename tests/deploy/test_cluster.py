@@ -131,6 +131,36 @@ def test_wait_until_ready(cluster: Cluster, state: State, server: list[dict[str,
     assert any("0 of 1 pods available" in line for line in said)
 
 
+def test_wait_for_a_jobset(cluster: Cluster, state: State) -> None:
+    path = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/models/jobsets/both"
+    content = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": "both"},
+               "spec": {"suspend": True, "replicatedJobs": [{"name": "node", "template": {}}]}}  # fmt: skip
+    apply_all(cluster, [content], lambda text: None)
+    running = {"replicatedJobsStatus": [{"name": "node", "ready": 1}], "restarts": 2}
+    conditions = {"conditions": [{"type": "Completed", "status": "True", "reason": "AllJobsCompleted"}]}
+    steps: Iterator[dict[str, Any]] = iter([{}, running, conditions])
+
+    def progress(where: str, found: dict[str, Any]) -> None:
+        if where == path:
+            found["status"] = next(steps)
+            found["spec"]["suspend"] = not found["status"]
+
+    state.on_get = progress
+    said: list[str] = []
+    wait(cluster, [content], said.append, sleep=lambda seconds: None)
+    assert [line.partition(": ")[2] for line in said] == [
+        "suspended until its queue admits it", "1 of 1 Jobs ready, 2 restarts", ""
+    ]  # fmt: skip
+    pod = {"name": "both-node-0-0-x", "labels": {"jobset.sigs.k8s.io/jobset-name": "both"}}
+    state.objects[f"/api/v1/namespaces/models/pods/{pod['name']}"] = {"metadata": pod, "status": {
+        "containerStatuses": [{"name": "quantize", "state": {"terminated": {"exitCode": 1}}}]}}  # fmt: skip
+    state.logs[f"{pod['name']}/quantize"] = "error: no space left"
+    failed = {"conditions": [{"type": "Failed", "status": "True", "reason": "FailedJobs"}]}
+    state.on_get = lambda where, found: found.update(status=failed) if where == path else None
+    with pytest.raises(ClusterError, match=r"FailedJobs[\s\S]*no space left"):
+        wait(cluster, [content], lambda text: None, sleep=lambda seconds: None)
+
+
 def failing(state: State, server: list[dict[str, Any]], reason: str) -> str:
     deployment = next(each for each in server if each["kind"] == "Deployment")
     labels = deployment["spec"]["selector"]["matchLabels"]

@@ -23,12 +23,15 @@ def gpus_and_memory(
             raise RecipeError(f"{artifact.name} needs {need.needed / GIB:.1f} GiB, {hardware.name} has "
                               f"{hardware.memory / GIB:.1f}", hint="a smaller --context, or fewer bits")  # fmt: skip
         return 0, need
-    if wish.gpus is not None or hardware is None:
-        gpus = wish.gpus or 1
-        counts = [gpus]
-    else:
-        heads = shapes.shape.heads if shapes is not None else 1
-        counts = [n for n in (1, 2, 4, 8) if heads % n == 0 and (n == 1 or runtime.name in ("vllm", "tensorrt-llm"))]
+    splits = runtime.name in ("vllm", "tensorrt-llm")
+    asked = wish.gpus is not None or hardware is None
+    # tensor parallelism gives every GPU the same number of attention heads
+    heads = shapes.shape.heads if shapes is not None and splits else 0
+    offered = [wish.gpus or 1] if asked else [1, 2, 4, 8] if splits else [1]
+    counts = [gpus for gpus in offered if heads % (gpus * wish.nodes) == 0]
+    if not counts:
+        raise RecipeError(f"the {heads} attention heads of {artifact.name} cannot be split over "
+                          f"{offered[0] * wish.nodes} GPUs", hint="a number of GPUs that divides them")  # fmt: skip
     need = None
     for gpus in counts:
         need = _need(runtime, artifact, shapes, wish, gpus * wish.nodes, device)
