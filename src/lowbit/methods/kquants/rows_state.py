@@ -40,7 +40,8 @@ class RowsState:
         self.sub = self.block if self.scale_codes is None else codec.sub_block
         # sub-blocks of zeros stay exactly zero, whatever would serve the output better
         self.empty = target.view(-1, self.sub, target.shape[1]).abs().amax(1) == 0
-        self.levels = torch.zeros_like(target) if codes is None else self.by_code[codes.T.to(torch.int64)]
+        start = torch.zeros_like(target) if codes is None else self.by_code[codes.T.to(torch.int64)]
+        self.levels = start.contiguous()
 
     def set_levels(self, levels: Tensor) -> None:
         self.levels = levels.contiguous()
@@ -108,7 +109,12 @@ class RowsState:
             if not self.float_scale:
                 self._move_floats(block, span, own, gradient)
             for at in range(span.start, span.stop, self.sub):
-                self._move_sub_block(block, at, own, gradient, at - span.start)
+                inside = at - span.start
+                here = slice(inside, inside + self.sub)
+                move = self._move_on_gpu if gradient.is_cuda and self.codec.uniform else self._move_sub_block
+                delta = move(block, at // self.sub, own[here, here], gradient[here])
+                rest = slice(here.stop, None)
+                gradient[rest].addmm_(own[rest, here], delta, alpha=-1)
             residual[span] += before - self._dequantize_block(block)
 
     def _dequantize_block(self, block: int) -> Tensor:
@@ -161,19 +167,15 @@ class RowsState:
             delta += across * moved_min
         gradient.addmm_(own, delta, alpha=-1)
 
-    def _move_sub_block(self, block: int, at: int, own: Tensor, gradient: Tensor, inside: int) -> None:
-        """Integer scales of one sub-block, then its codes one after the other; the block's gradient follows."""
-        columns = slice(at, at + self.sub)
-        here = slice(inside, inside + self.sub)
-        index = at // self.sub
+    def _move_sub_block(self, block: int, index: int, square: Tensor, gradient: Tensor) -> Tensor:
+        """Integer scales of one sub-block, then its codes one after the other; returns what the weights changed by."""
         before = self._dequantize_sub(block, index)
-        local = gradient[here].clone()
-        square = own[here, here]
+        local = gradient.clone()
         if self.scale_codes is not None:
             self._move_integers(block, index, square, local)
         scale, minimum = self._sub_grid(block, index)
         power = square.diagonal()
-        levels = self.levels[columns]
+        levels = self.levels[index * self.sub : (index + 1) * self.sub]
         for j in range(self.sub):
             level = levels[j]
             value = scale * level if minimum is None else scale * level - minimum
@@ -182,9 +184,24 @@ class RowsState:
             if j + 1 < self.sub:
                 local[j + 1 :].addr_(square[j + 1 :, j], (new - level) * scale, alpha=-1)
             levels[j] = new
-        delta = self._dequantize_sub(block, index) - before
-        rest = slice(inside + self.sub, None)
-        gradient[rest].addmm_(own[rest, here], delta, alpha=-1)
+        return self._dequantize_sub(block, index) - before
+
+    def _move_on_gpu(self, block: int, index: int, square: Tensor, gradient: Tensor) -> Tensor:
+        """The same in one kernel."""
+        from lowbit.methods.kquants.kernels import move_sub_block
+
+        return move_sub_block(
+            gradient,
+            square,
+            self.levels[index * self.sub : (index + 1) * self.sub],
+            self.d[block],
+            None if self.dmin is None else self.dmin[block],
+            None if self.scale_codes is None else self.scale_codes[index],
+            None if self.min_codes is None else self.min_codes[index],
+            self.empty[index],
+            (self.codec.levels[0], self.codec.levels[-1]),
+            _SCALE_CODES.get(self.codec.ggml_type, (0, 0)),
+        )
 
     def _sub_grid(self, block: int, index: int) -> tuple[Tensor, Tensor | None]:
         if self.scale_codes is None:

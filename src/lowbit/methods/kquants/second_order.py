@@ -94,16 +94,29 @@ def _round_columns(state: RowsState, target: Tensor, curvature: Curvature) -> Te
     levels = torch.empty_like(weight)
     for start in range(0, len(order), _LAZY):
         stop = min(start + _LAZY, len(order))
-        own = factor[start:stop, start:stop]
-        errors = torch.empty_like(weight[start:stop])
-        for j in range(start, stop):
-            levels[j] = state.nearest(weight[j], scale[j], minimum[j])
-            errors[j - start] = (weight[j] - (scale[j] * levels[j] - minimum[j])) / own[j - start, j - start]
-            weight[j + 1 : stop].addr_(own[j - start, j - start + 1 :], errors[j - start], alpha=-1)
+        here, own = slice(start, stop), factor[start:stop, start:stop]
+        levels[here], errors = _round_stretch(state, weight[here], scale[here], minimum[here], own)
         weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(levels)
     unordered[order] = levels
     return unordered
+
+
+def _round_stretch(
+    state: RowsState, weight: Tensor, scale: Tensor, minimum: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loop over a few columns [n, out], `weight` changed in place: levels, and errors that later columns have to make
+    up for."""
+    if weight.is_cuda and state.codec.uniform:
+        from lowbit.methods.kquants.kernels import compensate
+
+        return compensate(weight, factor, scale, minimum, state.codec.levels[0], state.codec.levels[-1])
+    levels, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for j in range(len(weight)):
+        levels[j] = state.nearest(weight[j], scale[j], minimum[j])
+        errors[j] = (weight[j] - (scale[j] * levels[j] - minimum[j])) / factor[j, j]
+        weight[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return levels, errors
 
 
 def _join(grids: list[Grid]) -> Grid:
