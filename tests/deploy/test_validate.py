@@ -400,6 +400,10 @@ FINE: list[tuple[str, Edit]] = [
     ("GPUs by a runtime class", both(put(VLLM, "p.runtimeClassName", "nvidia"),
                                      put(VLLM, "c.resources/limits/nvidia.com~gpu", None),
                                      put(VLLM, "c.resources/requests/nvidia.com~gpu", None))),
+    ("pods with a torchrun of their own", lambda objects: inner(objects).update(parallelism=4, completions=9) or
+        box(objects, JOBSET).update(args=["--standalone", "--nproc_per_node=8", "sweep.py"])),
+    ("an elastic torchrun", put(JOBSET, "c.args/1", "1:4")),
+    ("an address in a variable", put(JOBSET, "c.args/7", "$(MASTER_ADDR)")),
     ("a port that is not declared", lambda objects: box(objects, JOB).update(
         ports=[{"containerPort": 8443}], readinessProbe={"httpGet": {"path": "/ready", "port": 8081}})),
 ]  # fmt: skip

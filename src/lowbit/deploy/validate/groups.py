@@ -63,7 +63,7 @@ def _torchrun(document: Document, documents: Sequence[Document]) -> Iterator[Fin
                 continue
             nodes = _nodes(container)
             yield from _processes(container, container.flag("--nproc-per-node"), "--nproc-per-node")
-            if path not in specs or nodes is None:
+            if path not in specs or nodes < 2:
                 continue
             several = _at_once(document, path)
             if nodes != several:
@@ -75,9 +75,8 @@ def _torchrun(document: Document, documents: Sequence[Document]) -> Iterator[Fin
                     f"torchrun waits for {nodes} pods, and {several} run at once",
                     f"--nnodes {several}, or parallelism and completions of {nodes}",
                 )
-            if nodes > 1:
-                yield from _rendezvous(container, document, documents, path)
-                yield from _restarts(container, document, path, specs[path])
+            yield from _rendezvous(container, document, documents, path)
+            yield from _restarts(container, document, path, specs[path])
 
 
 def _lowbit(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
@@ -221,11 +220,10 @@ def _restarts(container: Container, document: Document, path: KeyPath, spec: dic
         )
 
 
-def _nodes(container: Container) -> int | None:
-    """Of torchrun; None where it is elastic, or not a number."""
-    given = container.flag("--nnodes") or "1"
-    low, _, high = given.partition(":")
-    return int(low) if low.isdigit() and high in ("", low) else None
+def _nodes(container: Container) -> int:
+    """Pods that torchrun waits for; 1 where it is elastic, or every pod is on its own."""
+    low, _, high = (container.flag("--nnodes") or "1").partition(":")
+    return int(low) if low.isdigit() and high in ("", low) else 1
 
 
 def _at_once(document: Document, path: KeyPath) -> int:
