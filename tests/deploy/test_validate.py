@@ -402,6 +402,8 @@ FINE: list[tuple[str, Edit]] = [
                                      put(VLLM, "c.resources/requests/nvidia.com~gpu", None))),
     ("pods with a torchrun of their own", lambda objects: inner(objects).update(parallelism=4, completions=9) or
         box(objects, JOBSET).update(args=["--standalone", "--nproc_per_node=8", "sweep.py"])),
+    ("a restart policy that JobSet fills in", both(put(JOBSET, "p.restartPolicy", None),
+                                                   put(JOBSET, "j.podFailurePolicy", {"rules": []}))),
     ("an elastic torchrun", put(JOBSET, "c.args/1", "1:4")),
     ("an address in a variable", put(JOBSET, "c.args/7", "$(MASTER_ADDR)")),
     ("a port that is not declared", lambda objects: box(objects, JOB).update(

@@ -12,7 +12,9 @@ from lowbit.deploy.validate.view import at, items, jobs, mapping, pods
 def _restart(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
     for pod in pods(document):
         given, place = pod.spec.get("restartPolicy"), (*pod.path, "restartPolicy")
-        if document.kind in ("Job", "CronJob", "JobSet") and given not in ("Never", "OnFailure"):
+        # JobSet's webhook fills in what fits
+        filled = document.kind == "JobSet" and given is None
+        if document.kind in ("Job", "CronJob", "JobSet") and given not in ("Never", "OnFailure") and not filled:
             said = "Always, which is the default" if given is None else repr(given)
             yield Finding(
                 "restart-policy",
@@ -66,7 +68,8 @@ def _failures(document: Document, documents: Sequence[Document]) -> Iterator[Fin
     for pod in pods(document):
         path = pod.path[:-2]
         policy = policies.get(path, {})
-        if policy and pod.spec.get("restartPolicy") != "Never":
+        given = pod.spec.get("restartPolicy")
+        if policy and given != "Never" and not (document.kind == "JobSet" and given is None):
             yield Finding(
                 "failure-policy",
                 "error",
