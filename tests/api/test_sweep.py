@@ -12,6 +12,7 @@ from lowbit.api.evaluation import Evaluation
 from lowbit.api.quantize import quantize
 from lowbit.api.sweep import Sweep, sweep
 from lowbit.core.errors import RecipeError
+from tests.gguf_files import write_gguf
 from tests.task_data import write_task_data
 
 METHODS = ("fp16", "rtn", "gptq")
@@ -52,6 +53,17 @@ def test_makes_and_measures_all_and_continues(
     assert [path.name for path in again.artifacts] == list(METHODS)
     changed = sweep(tiny_llama, tmp_path / "out", replace(wanted, num_samples=5), cache=tmp_path / "cache")
     assert "another recipe" in changed.failed["gptq"]
+
+
+def test_a_gguf_file_has_the_bytes_that_it_has_alone(wanted: Sweep, tiny_llama: Path, tmp_path: Path) -> None:
+    model = write_gguf(tiny_llama, tmp_path / "tiny.gguf")
+    options = {"refine": "imatrix"}
+    asked = replace(wanted, methods=("q4_k_m",), options={"q4_k_m": options})
+    done = sweep(model, tmp_path / "out", asked, cache=tmp_path / "cache")
+    assert [path.name for path in done.artifacts] == ["q4_k_m.gguf"]
+    text = {"dataset": "pydoc", "num_samples": 4, "seq_len": 64}
+    alone = quantize(model, output=tmp_path / "alone.gguf", method="q4_k_m", options=options, **text)
+    assert alone.path.read_bytes() == done.artifacts[0].read_bytes()
 
 
 def test_one_failure_does_not_stop_the_others(wanted: Sweep, tiny_llama: Path, tmp_path: Path) -> None:
