@@ -247,8 +247,8 @@ def test_costs(matrix: list[Case]) -> None:
     case = next(c for c in matrix if "-nodes-" in c.name)
     found = costs(objects(case.templates, case.release))
     replicas = found[0].least
-    assert [cost.gpus for cost in found] == [8, 8]
-    assert total(found, "gpus") == 16 * replicas
+    assert [cost.gpus for cost in found] == [2, 2]
+    assert total(found, "gpus") == 4 * replicas
     scaled = next(c for c in matrix if "-hpa-" in c.name)
     one = costs(objects(scaled.templates, scaled.release))[0]
     assert (one.least, one.most) in ((1, 4), (3, 4))
@@ -256,3 +256,7 @@ def test_costs(matrix: list[Case]) -> None:
     contents = objects(job.templates, job.release)
     assert total(costs(contents), "gpus") == 3
     assert claims(contents)["quantized-models"] > 2**30
+    group = next(c for c in matrix if c.release == "job-12")
+    both = costs(objects(group.templates, group.release))
+    assert [(cost.least, cost.most, cost.gpus) for cost in both] == [(2, 2, 8)]
+    assert total(both, "gpus") == 16
