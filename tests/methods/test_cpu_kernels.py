@@ -57,5 +57,5 @@ def test_the_grid_is_the_one_that_pytorch_finds(bits: int, size: int, symmetric:
 
     # sums in another order decide between candidates that are equally good
     assert torch.isclose(ours.scale, plain.scale, rtol=0.1).float().mean() > 0.9
-    torch.testing.assert_close(error(ours), error(plain), rtol=1e-3 if bits < 8 else 0.02, atol=1e-12)
+    torch.testing.assert_close(error(ours), error(plain), rtol=0.01 if bits < 8 else 0.05, atol=1e-12)
     assert torch.equal(ours.scale, ours.scale.to(dtype).float()), "a scale that cannot be stored"
