@@ -62,8 +62,11 @@ def describe(directory: Path) -> str:
         group = next(iter(quantization["config_groups"].values()))
         weights, activations = group["weights"], group.get("input_activations")
         kind = f"W{weights['num_bits']}A{activations['num_bits'] if activations else 16} {weights['type']}"
+        weights = {"group_size": None, **weights}
         size = f"g{weights['group_size']}" if weights.get("group_size") else weights["strategy"]
         return f"compressed-tensors {kind} {size} {'sym' if weights['symmetric'] else 'asym'}"
+    if method == "bitsandbytes":
+        return f"bitsandbytes {quantization.get('bnb_4bit_quant_type') or 'int8'}"
     bits, size = quantization.get("bits", "?"), quantization.get("group_size", "?")
     order = " desc_act" if quantization.get("desc_act") else ""
     return f"{method} {bits}-bit g{size} {'sym' if quantization.get('sym') else 'asym'}{order}"
@@ -97,9 +100,10 @@ def stored_bits(directory: Path, base: Path) -> tuple[float | None, float]:
     dense checkpoint, which has the layers' shapes.
     """
     stored, dense = _headers(directory), _headers(base)
-    marks = (".qweight", ".weight_packed", ".weight_scale")
+    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight.absmax")
     layers = {name.removesuffix(mark) for name in stored for mark in marks if name.endswith(mark)}
-    parts = {name: name.rpartition(".") for name in stored}
+    # bitsandbytes keeps what belongs to a weight under the weight's own name
+    parts = {name: name.replace(".weight.", ".weight_").rpartition(".") for name in stored}
     layer_bytes = sum(stored[name][1] for name, (path, _, leaf) in parts.items() if path in layers and leaf != "bias")
     weights = sum(math.prod(dense[f"{layer}.weight"][0]) for layer in layers)
     mib = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20

@@ -52,7 +52,17 @@ class Peer:
     arguments: tuple[str, ...] = ()
 
 
-ROWS: dict[str, Ours | Peer] = {
+@dataclass(frozen=True)
+class Here:
+    """A row made by a script of _peers in lowbit's own environment, which has the peer as a dependency."""
+
+    script: str
+
+
+# of methods that are not integers in groups: theirs are the preset's own
+OWN: dict[str, Any] = {"bits": None, "group_size": None, "symmetric": None}
+
+ROWS: dict[str, Ours | Peer | Here] = {
     "ours:rtn": Ours({"method": "rtn"}),
     "ours:rtn-min-max": Ours({"method": "rtn", "options": {"search": False}}),
     "ours:gptq": Ours({"method": "gptq"}),
@@ -60,6 +70,10 @@ ROWS: dict[str, Ours | Peer] = {
     "ours:gptq-plain": Ours({"method": "gptq", "options": {"search": False, "refine": 0}}),
     "ours:gptq-no-act-order": Ours({"method": "gptq", "options": {"act_order": "none"}}),
     "ours:gptaq": Ours({"method": "gptq", "options": {"asymmetric": 0.25}}),
+    "ours:awq": Ours({"method": "awq"}),
+    "ours:autoround": Ours({"method": "autoround"}),
+    "ours:best": Ours({"method": "gptq", "effort": "best"}),
+    **{f"ours:{name}": Ours({"method": name, **OWN}) for name in ("w8a8", "int8_sq", "fp8", "nf4", "mxfp4", "nvfp4")},
     "llmcompressor:rtn": Peer("llm-compressor", "llmcompressor_rtn.py"),
     "llmcompressor:gptq": Peer("llm-compressor", "llmcompressor_gptq.py"),
     "llmcompressor:gptq-no-act-order": Peer("llm-compressor", "llmcompressor_gptq.py", ("--actorder", "none")),
@@ -67,6 +81,13 @@ ROWS: dict[str, Ours | Peer] = {
     "llmcompressor:smoothquant": Peer(
         "llm-compressor", "llmcompressor_smoothquant.py", ("--bits", "8", "--group-size", "0")
     ),
+    "llmcompressor:smoothquant-gptq": Peer(
+        "llm-compressor", "llmcompressor_smoothquant.py", ("--bits", "8", "--group-size", "0", "--then", "gptq")
+    ),
+    "llmcompressor:fp8": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "FP8_DYNAMIC")),
+    "llmcompressor:nvfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "NVFP4A16")),
+    "llmcompressor:mxfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "MXFP4A16")),
+    "bitsandbytes:nf4": Here("bitsandbytes_nf4.py"),
     "autoround:signround": Peer("auto-round", "autoround.py"),
 }
 DEFAULT_ROWS = "ours:rtn,ours:gptq,llmcompressor:gptq"
@@ -103,7 +124,9 @@ def run(args: argparse.Namespace, work: Path) -> None:
         args.json.write_text(json.dumps(table, indent=1))
 
 
-def quantize(row: Ours | Peer, model: Path, output: Path, tokens: Path, args: argparse.Namespace) -> dict[str, Any]:
+def quantize(
+    row: Ours | Peer | Here, model: Path, output: Path, tokens: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     """Run one quantizer in its own process; returns {seconds, peak_rss_mib, versions}."""
     if isinstance(row, Ours):
         recipe = {
@@ -112,6 +135,8 @@ def quantize(row: Ours | Peer, model: Path, output: Path, tokens: Path, args: ar
         } | row.arguments  # fmt: skip
         argv = [str(PEERS / "lowbit_quantize.py"), str(model), str(output), "--recipe", json.dumps(recipe)]
         return run_here([*argv, "--threads", str(args.threads)])
+    if isinstance(row, Here):
+        return run_here([str(PEERS / row.script), str(model), str(output)])
     argv = [str(PEERS / row.script), str(model.absolute()), str(output), "--tokens", str(tokens)]
     argv += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--bits", str(args.bits)]
     argv += ["--group-size", str(args.group_size), "--sym" if args.sym else "--no-sym", "--threads", str(args.threads)]

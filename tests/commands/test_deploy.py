@@ -136,8 +136,11 @@ def test_validate_finds_and_mends(tmp_path: Path) -> None:
         (["quantize", "MODEL", "--method", "q4_k_m", "--gpus", "2", "--device", "cuda"], "by one process", "neither"),
         (["quantize", "MODEL", "--method", "gptq", "--gpus", "2", "--device", "cpu"], "on GPUs alone", "--device cuda"),
         (["quantize", "MODEL", "--method", "autoround", "--gpus", "2"], "learned on one GPU", "neither"),
-        (["quantize", "MODEL", "--method", "gptq", "--nodes", "2", "--gpus", "8", "--num-samples", "9"], "by 16 GPUs",
-         "at least 16"),
+        (
+            ["quantize", "MODEL", "--method", "gptq", "--nodes", "2", "--gpus", "8", "--num-samples", "9"],
+            "by 16 GPUs",
+            "at least 16",
+        ),
         (["quantize", "MODEL", "--method", "gptq", "--nodes", "2", "--target", "compose"], "one machine", "--nodes 1"),
         (["quantize", "MODEL", "--method", "gtpq"], "did you mean 'gptq'", "one of"),
         (["validate", "/nowhere.yaml"], "does not exist", "YAML"),

@@ -224,7 +224,12 @@ def add(which: int, path: str, *values: Any) -> Edit:
 
 def as_job(objects: list[dict[str, Any]]) -> None:
     """The JobSet's Job on its own, which nobody gives a subdomain."""
-    objects[JOBSET] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "together"}, "spec": inner(objects)}
+    objects[JOBSET] = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "together"},
+        "spec": inner(objects),
+    }
     objects[JOBSET]["spec"]["ttlSecondsAfterFinished"] = 60
     box_of_job = objects[JOBSET]["spec"]["template"]["spec"]["containers"][0]
     box_of_job["args"][7] = "together-0.together"

@@ -12,8 +12,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("bits", "size", "symmetric"), [(4, 128, True), (4, 128, False), (3, 64, False), (8, 96, True)])
-def test_the_kernel_finds_the_grid_that_pytorch_finds(bits: int, size: int, symmetric: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("bits", "size", "symmetric"), [(4, 128, True), (4, 128, False), (3, 64, False), (8, 96, True)]
+)
+def test_the_kernel_finds_the_grid_that_pytorch_finds(
+    bits: int, size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
     from lowbit.methods import grid_kernels
 
     generator = torch.Generator("cuda").manual_seed(0)
