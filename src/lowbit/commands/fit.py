@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,13 @@ from lowbit.commands.parse import parse_bytes
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, unquantized .gguf file or hub id.")],
     size: Annotated[str | None, typer.Option(help="Largest file: 100MiB.")] = None,
-    like: Annotated[str | None, typer.Option(help="As large as this file type: q4_k_m.")] = None,
+    like: Annotated[str | None, typer.Option(help="As large as this file type or method: q4_k_m, gptq.")] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="Largest memory when served by llama.cpp, cache and all: 6GiB.")
+        str | None, typer.Option(help="Largest memory when served (by llama.cpp or vLLM), cache and all: 6GiB.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="gguf: a type for every tensor; compressed-tensors: bits for every group of layers."),
     ] = None,
     context: Annotated[int, typer.Option(help="With --max-memory: tokens of a request.")] = 4096,
     concurrency: Annotated[int, typer.Option(help="With --max-memory: requests at once.")] = 1,
@@ -25,32 +30,36 @@ def fit(
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the recipe here.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.gguf", help="Then quantize with it, and measure.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE.gguf|DIR", help="Then quantize with it, and measure.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the allocation as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Choose every tensor's type so that a budget of bytes costs the least accuracy; GGUF.
+    """Choose the bits of every part of a model so that a budget of bytes costs the least accuracy.
 
     Examples:
 
     lowbit fit ./model --like q4_k_m --dataset wikitext -o model-fit.gguf
 
     lowbit fit ./model --max-memory 6GiB --context 8192 --recipe fit.yaml
+
+    lowbit fit ./model --format compressed-tensors --like gptq -o model-mixed
     """
-    from lowbit.api.fit import fit as run
+    from lowbit.api.fit import fit as fit_gguf
+    from lowbit.api.fit_layers import fit_layers
     from lowbit.api.quantize import quantize
     from lowbit.commands.progress import listener
     from lowbit.recipe import Calibration
 
+    gguf = format == "gguf" or (format is None and (output is None or output.suffix == ".gguf"))
+    run = fit_gguf if gguf else functools.partial(fit_layers, format=format or "compressed-tensors")
     budget = parse_bytes(size)
     if max_memory is not None:
         from lowbit.api.memory import serving_memory
 
-        parts = serving_memory(
-            model, "q4_k_m", runtime="llama.cpp", place="cpu", context=context, concurrency=concurrency
-        )
+        method, runtime, place = ("q4_k_m", "llama.cpp", "cpu") if gguf else ("gptq", "vllm", "gpu")
+        parts = serving_memory(model, method, runtime=runtime, place=place, context=context, concurrency=concurrency)
         budget = (parse_bytes(max_memory) or 0) - (parts.total - parts.weights)
     with listener(quiet=quiet or as_json) as progress:
         found = run(
@@ -72,10 +81,10 @@ def fit(
             "recipe": found.recipe.model_dump(mode="json"), "measured": measured,
         }, indent=2))  # fmt: skip
         return
-    _print(found, measured, recipe, output)
+    _print(found, measured, recipe, output, gguf)
 
 
-def _print(found, measured, recipe, output) -> None:  # type: ignore[no-untyped-def]  # typed where they are made
+def _print(found, measured, recipe, output, gguf) -> None:  # type: ignore[no-untyped-def]  # typed where they are made
     from collections import Counter
 
     from rich.console import Console
@@ -90,10 +99,10 @@ def _print(found, measured, recipe, output) -> None:  # type: ignore[no-untyped-
     console.print(table)
     gap = found.kl / found.bound - 1 if found.bound > 0 else 0.0
     console.print(
-        f"no mixture of this size is predicted to be more than {gap:.1%} better; predictions are for rounding with an "
-        "importance matrix"
+        f"no mixture of this size is predicted to be more than {gap:.1%} better; predictions are of rounding "
+        f"{'with an importance matrix' if gguf else 'by GPTQ without its second stream'}"
     )
     if measured is not None:
         console.print(f"{output}: measured KL {measured['kl']:.4f} ± {measured['kl_error']:.4f} on held-out text")
     elif recipe is not None:
-        console.print(f"next: lowbit quantize MODEL --recipe {recipe} -o model.gguf")
+        console.print(f"next: lowbit quantize MODEL --recipe {recipe} -o {'model.gguf' if gguf else 'model-mixed'}")
