@@ -38,6 +38,8 @@ def run(args: argparse.Namespace, recipe: list[Any]) -> None:
             max_seq_length=args.seq_len,
             shuffle_calibration_samples=False,
         )
-        model.to(AutoConfig.from_pretrained(args.model).dtype)
+        wanted = AutoConfig.from_pretrained(args.model).dtype
+        if model.dtype != wanted:  # a cast also rounds scales that the format has in float32
+            model.to(wanted)
         model.save_pretrained(args.output, save_compressed=True)
         AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
