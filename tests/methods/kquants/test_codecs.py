@@ -79,7 +79,7 @@ def test_chunks_do_not_show(name, monkeypatch):
     monkeypatch.setattr("lowbit.methods.kquants.rows.CHUNK_WEIGHTS", 4 * COLS)
     monkeypatch.setattr("lowbit.methods.kquants.search.SLICE_WEIGHTS", 32 * 5)
     monkeypatch.setattr("lowbit.methods.kquants.symmetric.SLICE_WEIGHTS", 32 * 3)
-    data = encode(name, weights, importance)
+    data = encode(name, weights, importance, native=False)
     np.testing.assert_array_equal(data.numpy(), ggml_bytes(name, weights, importance))
     np.testing.assert_array_equal(
         decode(name, data, COLS).numpy(), libgguf.dequantize_rows(data.numpy(), ggml_type(name).id)
@@ -88,14 +88,16 @@ def test_chunks_do_not_show(name, monkeypatch):
 
 def test_input_need_not_be_contiguous():
     weights = torch.randn(COLS, 256).T
-    np.testing.assert_array_equal(encode("Q4_K", weights).numpy(), ggml_bytes("Q4_K", weights.contiguous()))
+    np.testing.assert_array_equal(
+        encode("Q4_K", weights, native=False).numpy(), ggml_bytes("Q4_K", weights.contiguous())
+    )
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_storage_types(name):
     weights = torch.randn(3, 40)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
-    data = encode(name, weights)
+    data = encode(name, weights, native=False)
     assert data.shape == (3, 40 * dtype.itemsize)
     assert torch.equal(data.view(dtype), weights.to(dtype))
     assert torch.equal(decode(name, data, 40), weights.to(dtype).float())
@@ -196,3 +198,13 @@ def test_bytes_on_a_gpu_equal_ggml(name, distribution, importance):
 
 def all_finite(grid: Grid) -> bool:
     return all(bool(part.isfinite().all()) for part in (grid.d, grid.dmin) if part is not None)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_both_ways_on_a_cpu_give_the_same_bytes(name: str, weighted: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(70, 512, generator=g) * torch.rand(70, 1, generator=g)
+    importance = torch.rand(512, generator=g) if weighted else None
+    ours, native = (encode(name, weights, importance, native=native) for native in (False, True))
+    assert torch.equal(ours, native)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit.core.errors import FormatError
 from lowbit.core.ggml_types import GGMLType, ggml_type
 from lowbit.methods.kquants.codec import CODECS
+from lowbit.methods.kquants.native import encode_natively
 
 CHUNK_WEIGHTS = 1 << 20
 CUDA_CHUNK_WEIGHTS = 1 << 25
@@ -19,12 +20,13 @@ LARGEST_WEIGHT = 65504.0 * 128 * 128  # float16 scale, 8-bit scale code, 8-bit l
 _STORAGE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode(type_name: str, weights: Tensor, importance: Tensor | None = None, *, native: bool = True) -> Tensor:
     """Rows of `weights` (float32 `[rows, cols]`) as ggml stores them: uint8 `[rows, bytes_per_row]`, same device.
 
     Byte for byte what ggml's reference row quantizers give, without and with `importance` (float32 `[cols]`, a mean
     of squared inputs; never negative). Beside input and output it takes at most 40 bytes a weight of a chunk: a chunk
-    is 2**20 weights on a CPU (40 MiB) and 2**25 on a GPU (1.25 GiB), or one row where that is longer.
+    is 2**20 weights on a CPU (40 MiB) and 2**25 on a GPU (1.25 GiB), or one row where that is longer. native: let C do it
+    on a CPU, where libgguf is installed.
 
     Raises FormatError for weights or importance that are not finite or do not fit the type, and, as llama-quantize
     does, where a scale overflows float16.
@@ -33,11 +35,11 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
     row_bytes = _check(kind, weights, importance)
     out = torch.empty(weights.shape[0], row_bytes, dtype=torch.uint8, device=weights.device)
     for rows in _chunks(weights):
-        out[rows] = _encode_chunk(kind, weights[rows].contiguous(), importance)
+        out[rows] = _encode_chunk(kind, weights[rows].contiguous(), importance, native)
     return out
 
 
-def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) -> Tensor:
+def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None, native: bool) -> Tensor:
     low, high = torch.aminmax(weights)  # NaN anywhere makes both NaN
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise FormatError(
@@ -50,6 +52,9 @@ def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) ->
         return stored.view(torch.uint8).view(weights.shape[0], -1)
     if kind.name != "MXFP4" and bool((low < -LARGEST_WEIGHT) | (high > LARGEST_WEIGHT)):
         _refuse_size(kind)  # ggml's searches overflow and would quietly store zeros
+    done = encode_natively(kind, weights, importance) if native else None
+    if done is not None:
+        return done
     codec = CODECS[kind.name]
     grid, codes = codec.choose(weights, importance)
     _check_finite(kind, grid.d, grid.dmin)
