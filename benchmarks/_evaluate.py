@@ -7,6 +7,7 @@ standard error over windows (tokens of one window are not independent, windows n
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,37 @@ def evaluate(base: Any, candidate: Any, windows: Tensor) -> Quality:
 
 
 def runnable_model(directory: Path) -> Any:
-    """What `evaluate` takes: dequantized weights, and where activations are quantized too, transformers' own simulation
-    of that in float32."""
-    groups = read_config(directory).get("quantization_config", {}).get("config_groups", {})
-    if not any(group.get("input_activations") for group in groups.values()):
-        return dense_model(directory)
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    """What `evaluate` takes: dequantized weights in float32, and where activations are quantized too, inputs of those layers
+    rounded as the runtime would round them. Raises SystemExit for activation schemes that are not simulated here."""
+    model = dense_model(directory)
+    config = read_config(directory).get("quantization_config", {})
+    for group in config.get("config_groups", {}).values():
+        inputs = group.get("input_activations")
+        if not inputs:
+            continue
+        if inputs.get("strategy") != "token" or inputs.get("dynamic") is not True:
+            raise SystemExit(f"{directory}: activations {inputs.get('strategy')} are not simulated")
+        rounded = _int8_tokens if inputs["type"] == "int" else _fp8_tokens
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not _left_out(name, config["ignore"]):
+                module.register_forward_pre_hook(lambda _, args, rounded=rounded: (rounded(args[0]), *args[1:]))
+    return model
 
-    config = CompressedTensorsConfig(run_compressed=False)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=config).eval()
+
+def _left_out(name: str, patterns: list[str]) -> bool:
+    return any(re.search(pattern[3:], name) if pattern.startswith("re:") else name == pattern for pattern in patterns)
+
+
+def _int8_tokens(inputs: Tensor) -> Tensor:
+    """Every token on its own int8 grid, symmetric."""
+    scale = inputs.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (inputs / scale).round().clamp(-128, 127) * scale
+
+
+def _fp8_tokens(inputs: Tensor) -> Tensor:
+    """Every token scaled to the range of float8_e4m3fn."""
+    scale = inputs.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    return (inputs / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def _mean(values: list[float]) -> tuple[float, float]:

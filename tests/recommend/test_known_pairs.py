@@ -48,7 +48,7 @@ PAIRS: list[tuple[str, str, dict[str, Any], tuple[str, ...], str, str | None, st
     ("llama-3.1-8b", "epyc-9654", {}, ("q4_k_m",), "CPU", "fp8", "no FP8"),
     ("llama-2-13b", "rtx4060ti-16g", {}, ("awq", "gptq"), "low-end", "fp8", "needs"),
     ("llama-2-13b", "h100x3", {}, ("awq",), "production", "nvfp4", "10.0"),
-    ("mixtral-8x7b", "rtx4090x2", {}, ("q4_k_m",), "", "gptq", "in 16 bits"),
+    ("mixtral-8x7b", "rtx4090x2", {}, ("awq", "gptq"), "4 bits", "fp8", "needs"),
     ("qwen2.5-0.5b", "cpu:4c,8g", {"min_recovery": 98}, ("q5_k_m", "q6_k", "q8_0"), "", "q4_k_m", "accuracy"),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ Names: gguf-py's TensorNameMap. Which tensors stay in 32 bits: llama.cpp, conver
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ _KEYS = 4096  # numbers, names, the recipe: bytes of metadata besides vocabulary
 _TOKEN_BYTES = 34
 
 
+_EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
+_MERGED = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
 def gguf_tensors(parameters: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[TensorInfo]:
     """The unquantized GGUF file's tensors (matrices in 16 bits, vectors in 32).
 
@@ -43,6 +48,10 @@ def gguf_tensors(parameters: Mapping[str, tuple[int, ...]], shape: ModelShape) -
     names = get_tensor_name_map(arch, shape.blocks)
     found: dict[str, tuple[int, ...]] = {}
     for parameter, size in parameters.items():
+        expert = _EXPERT.search(parameter)
+        if expert is not None:  # the file has all experts of a block in one tensor
+            found[f"blk.{expert[1]}.ffn_{_MERGED[expert[3]]}_exps.weight"] = (shape.experts, *size)
+            continue
         stem, _, suffix = parameter.rpartition(".")
         if suffix == "gate_up_proj" and len(size) == 3:  # fused experts of transformers 5: [experts, 2 x width, hidden]
             block = stem.split(".layers.")[1].split(".")[0]

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.core.architectures import known_architecture
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.safetensors import read_json
 from lowbit.core.contracts import Checkpoint, TensorSpec
-from lowbit.core.errors import ArchitectureError, CheckpointError
+from lowbit.core.errors import CheckpointError
+from lowbit.core.experts import take_experts_apart
 from lowbit.core.scheme import DTYPES
 from lowbit.core.skeleton import build_skeleton
 
@@ -28,7 +30,7 @@ class ConfigCheckpoint:
         named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         dtype = DTYPES.get(named, torch.bfloat16)
         self._tensors = {
-            name: TensorSpec(dtype, tuple(parameter.shape)) for name, parameter in laid_out(config).named_parameters()
+            name: TensorSpec(dtype, tuple(parameter.shape)) for name, parameter in _as_stored(config).named_parameters()
         }
 
     @property
@@ -50,18 +52,16 @@ class ConfigCheckpoint:
         return ""
 
 
-def laid_out(config: Mapping[str, Any]) -> nn.Module:
-    """`build_skeleton`, which for a moment holds one parameter: of the largest mixtures that can be too much for a machine.
-    Raises ArchitectureError."""
-    try:
-        return build_skeleton(config)
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        raise ArchitectureError(
-            "this machine has too little memory to lay out the model's largest tensor",
-            hint="ask on a machine with more memory, or give a .gguf file, whose header says all",
-        ) from error
+def _as_stored(config: Mapping[str, Any]) -> nn.Module:
+    """The model with parameters named as checkpoints name them: experts that transformers fuses are apart there."""
+    skeleton = build_skeleton(config)
+    model_type = str(config.get("model_type", ""))
+    known = known_architecture(model_type)
+    if known is not None:
+        blocks = skeleton.get_submodule(known.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        take_experts_apart(model_type, known, blocks)
+    return skeleton
 
 
 def open_shapes(model: str | Path, *, revision: str | None = None) -> Checkpoint:
