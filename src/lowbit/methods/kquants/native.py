@@ -20,16 +20,19 @@ _PIECE = 1 << 17
 _LARGEST = 65504.0
 
 
-def encode_natively(kind: GGMLType, weights: Tensor, importance: Tensor | None) -> Tensor | None:
-    """Finite float32 weights [rows, cols] on the CPU as uint8 [rows, bytes_per_row]; None where C cannot or must not."""
-    if weights.is_cuda or importlib.util.find_spec("libgguf") is None or not weights.numel():
-        return None
-    if float(weights.abs().amax()) > _LARGEST:
-        return None
+def fill_natively(kind: GGMLType, weights: Tensor, importance: Tensor | None, largest: float, out: Tensor) -> bool:
+    """Encode finite float32 weights [rows, cols] on the CPU into `out`, uint8 [rows, bytes_per_row]; False, with nothing
+    done, where C cannot or must not. largest: of the weights' absolute values."""
+    if weights.is_cuda or importlib.util.find_spec("libgguf") is None or largest > _LARGEST:
+        return False
     import libgguf
 
     means = None if importance is None else importance.numpy()
-    pieces = torch.split(weights.contiguous(), max(1, _PIECE // weights.shape[1]))
+
+    def fill(rows: Tensor, place: Tensor) -> None:
+        place.numpy()[:] = libgguf.quantize_rows(rows.contiguous().numpy(), kind.id, means)
+
+    step = max(1, _PIECE // weights.shape[1])
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(lambda rows: libgguf.quantize_rows(rows.numpy(), kind.id, means), pieces))
-    return torch.cat([torch.from_numpy(part) for part in parts])
+        list(pool.map(fill, torch.split(weights, step), torch.split(out, step)))
+    return True

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.core.errors import FormatError
 from lowbit.core.ggml_types import GGMLType, ggml_type
 from lowbit.methods.kquants.codec import CODECS
-from lowbit.methods.kquants.native import encode_natively
+from lowbit.methods.kquants.native import fill_natively
 
 CHUNK_WEIGHTS = 1 << 20
 CUDA_CHUNK_WEIGHTS = 1 << 25
@@ -34,27 +34,33 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None, *,
     kind = ggml_type(type_name)
     row_bytes = _check(kind, weights, importance)
     out = torch.empty(weights.shape[0], row_bytes, dtype=torch.uint8, device=weights.device)
+    largest = _largest(kind, weights) if weights.numel() else 0.0
+    if native and kind.name not in _STORAGE and fill_natively(kind, weights, importance, largest, out):
+        return out
     for rows in _chunks(weights):
-        out[rows] = _encode_chunk(kind, weights[rows].contiguous(), importance, native)
+        out[rows] = _encode_chunk(kind, weights[rows].contiguous(), importance)
     return out
 
 
-def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None, native: bool) -> Tensor:
+def _largest(kind: GGMLType, weights: Tensor) -> float:
+    """The largest absolute weight. Raises FormatError for weights that are not finite or too large for the type."""
     low, high = torch.aminmax(weights)  # NaN anywhere makes both NaN
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise FormatError(
             f"The weights hold NaN or infinity, so nothing was encoded as {kind.name}.",
             hint="check the checkpoint: lowbit does not encode broken weights",
         )
+    largest = max(-float(low), float(high))
+    if kind.name not in _STORAGE and kind.name != "MXFP4" and largest > LARGEST_WEIGHT:
+        _refuse_size(kind)  # ggml's searches overflow and would quietly store zeros
+    return largest
+
+
+def _encode_chunk(kind: GGMLType, weights: Tensor, importance: Tensor | None) -> Tensor:
     if kind.name in _STORAGE:
         stored = weights.to(_STORAGE[kind.name])
         _check_finite(kind, stored)
         return stored.view(torch.uint8).view(weights.shape[0], -1)
-    if kind.name != "MXFP4" and bool((low < -LARGEST_WEIGHT) | (high > LARGEST_WEIGHT)):
-        _refuse_size(kind)  # ggml's searches overflow and would quietly store zeros
-    done = encode_natively(kind, weights, importance) if native else None
-    if done is not None:
-        return done
     codec = CODECS[kind.name]
     grid, codes = codec.choose(weights, importance)
     _check_finite(kind, grid.d, grid.dmin)
