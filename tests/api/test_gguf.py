@@ -16,9 +16,9 @@ import torch
 import lowbit
 from lowbit.api.run import Settings
 from lowbit.core.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
-from lowbit.core.progress import Silent
 from lowbit.methods.kquants import encode
 from tests.gguf_files import gguf_tensors, write_gguf
+from tests.interrupted import StopAt
 
 QUICK: dict[str, Any] = {"dataset": "pydoc", "num_samples": 4, "seq_len": 64, "options": {"sweeps": 1}}
 
@@ -84,22 +84,6 @@ def test_second_order_is_verified_and_better_than_plain(source: Path, tmp_path: 
     assert fields["quantize.imatrix.chunks_count"].contents() == 96
 
 
-class _Stop(Silent):
-    """Ends the run, as a crash would, when a stage has made so many steps."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps, self.now = stage, steps, ""
-
-    def start(self, what: str, total: int) -> None:
-        self.now = what
-
-    def advance(self) -> None:
-        if self.now == self.stage:
-            self.steps -= 1
-            if self.steps < 0:
-                raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(("stage", "steps", "changes"), [
     ("quantize", 1, QUICK),
     ("quantize", 0, QUICK),
@@ -111,7 +95,7 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(
 ) -> None:
     quantized(source, tmp_path / "a" / "m.gguf", "q4_k_m", **changes)
     with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "b" / "m.gguf", "q4_k_m", progress=_Stop(stage, steps), **changes)
+        quantized(source, tmp_path / "b" / "m.gguf", "q4_k_m", progress=StopAt(stage, steps), **changes)
     assert not (tmp_path / "b" / "m.gguf").exists()
     quantized(source, tmp_path / "b" / "m.gguf", "q4_k_m", **changes)
     assert (tmp_path / "a" / "m.gguf").read_bytes() == (tmp_path / "b" / "m.gguf").read_bytes()
@@ -120,7 +104,7 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(
 
 def test_an_unfinished_run_with_other_settings_is_not_continued(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "m.gguf", "q4_k_m", progress=_Stop("encode", 2))
+        quantized(source, tmp_path / "m.gguf", "q4_k_m", progress=StopAt("encode", 2))
     with pytest.raises(ResumeError):
         quantized(source, tmp_path / "m.gguf", "q3_k_s")
     quantized(source, tmp_path / "m.gguf", "q3_k_s", settings=Settings(verify=False, restart=True))

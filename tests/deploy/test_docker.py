@@ -41,7 +41,7 @@ def test_packages_are_pinned() -> None:
     """What the images install is in the constraints, in a version that pyproject.toml takes."""
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    extras = [each for name in ("gguf", "bitsandbytes", "serving", "hub", "gpu")
+    extras = [each for name in ("cpu", "gguf", "bitsandbytes", "serving", "hub", "gpu")
               for each in project["optional-dependencies"][name]]  # fmt: skip
     lines = (root / "docker/constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,3 +61,11 @@ def test_the_grid_is_the_one_that_pytorch_finds(bits: int, size: int, symmetric:
     assert torch.isclose(ours.scale, plain.scale, rtol=0.1).float().mean() > 0.9
     torch.testing.assert_close(error(ours), error(plain), rtol=0.01 if bits < 8 else 0.05, atol=1e-12)
     assert torch.equal(ours.scale, ours.scale.to(dtype).float()), "a scale that cannot be stored"
+
+
+def test_compiles_where_nothing_can_be_kept() -> None:
+    """numba finds no place for what has no file, as for a package on a read-only root without a home."""
+    code = compile("def twice(x):\n    return 2 * x\n", "<nowhere>", "exec")
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert cpu_kernels._compiled()(made["twice"])(21) == 42

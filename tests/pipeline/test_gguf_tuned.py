@@ -13,12 +13,12 @@ import lowbit
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
-from lowbit.core.progress import Silent
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import decode
 from lowbit.methods.kquants.codec import CODECS
 from lowbit.pipeline.factors import Factors
 from tests.gguf_files import write_gguf
+from tests.interrupted import StopAt
 
 TEXT: dict[str, Any] = {"dataset": "pydoc", "num_samples": 48, "seq_len": 64, "options": {"sweeps": 1}}
 TYPES = ["Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"]
@@ -88,25 +88,11 @@ def test_tuning_moves_float_scales_and_norms_and_lowers_the_divergence(
     assert changed >= {"attn_norm", "ffn_norm", "attn_q", "attn_v", "ffn_down"}
 
 
-class _Interrupted(Silent):
-    """Stops the process in the middle of the last pass."""
-
-    stage, steps = "", 0
-
-    def start(self, what: str, total: int) -> None:
-        self.stage = what
-
-    def advance(self) -> None:
-        self.steps += self.stage == "tune"
-        if self.steps == 20:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_last_pass_continues_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     changes = {"tune_steps": 24, "num_samples": 16}
     whole = quantized(source, tmp_path / "whole" / "m.gguf", "q4_k_m", **changes)
     with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "parts" / "m.gguf", "q4_k_m", progress=_Interrupted(), **changes)
+        quantized(source, tmp_path / "parts" / "m.gguf", "q4_k_m", progress=StopAt("tune", 19), **changes)
     parts = quantized(source, tmp_path / "parts" / "m.gguf", "q4_k_m", **changes)
     assert whole.path.read_bytes() == parts.path.read_bytes()
     assert not any("tun" in file.name for file in (tmp_path / "parts").iterdir())

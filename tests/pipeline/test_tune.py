@@ -8,11 +8,11 @@ import torch
 import lowbit
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
-from lowbit.core.progress import Silent
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
 from lowbit.pipeline.factors import Factors
 from lowbit.pipeline.tune import _Student
+from tests.interrupted import StopAt
 
 RECIPE = {"bits": 3, "group_size": 32, "dataset": "pydoc", "num_samples": 24, "seq_len": 64}
 
@@ -107,21 +107,6 @@ def test_best_gives_the_same_bytes_again(tiny_llama: Path, tmp_path: Path) -> No
     assert make("one") == make("two")
 
 
-class _Interrupted(Silent):
-    """Stops the process, as Ctrl-C does, in the middle of the last pass."""
-
-    stage = ""
-    steps = 0
-
-    def start(self, what: str, total: int) -> None:
-        self.stage = what
-
-    def advance(self) -> None:
-        self.steps += self.stage == "tune"
-        if self.steps == 20:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_last_pass_continues_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     changes = {"method": "rtn", "tune_steps": 24, "num_samples": 16}
     whole = quantized(tiny_llama, tmp_path / "whole", **changes)
@@ -130,7 +115,7 @@ def test_an_interrupted_last_pass_continues_to_the_same_bytes(tiny_llama: Path, 
             tiny_llama,
             output=tmp_path / "parts",
             settings=Settings(device="cpu"),
-            progress=_Interrupted(),
+            progress=StopAt("tune", 19),
             **{**RECIPE, **changes},
         )
     assert (tmp_path / ".parts.unfinished" / "tuning.safetensors").exists()

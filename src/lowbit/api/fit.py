@@ -39,9 +39,9 @@ _TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # for rows that are no multiple of 256
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # rows of a matrix that are priced: the others are taken to be like them
-_PRICED_ROWS = 512
+PRICED_ROWS = 512
 # windows of the pass back: gradients are averaged over all of their tokens
-_GRADIENT_WINDOWS = 8
+GRADIENT_WINDOWS = 8
 _BASE = "q4_k_m"
 
 
@@ -110,7 +110,7 @@ class _Prices:
 
     def all(self) -> dict[str, list[Choice]]:
         model = self.model
-        found = output_sensitivity(model, self.windows[:_GRADIENT_WINDOWS], self.progress)
+        found = output_sensitivity(model, self.windows[:GRADIENT_WINDOWS], self.progress)
         self.progress.start("price", len(model.blocks) + 1)
         states = embedded(model, self.windows, Streams(4096, 2**40, Path(tempfile.gettempdir())))
         for index in range(len(model.blocks)):
@@ -153,7 +153,7 @@ class _Prices:
         sensitivity: Tensor,
         embedding: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        rows = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:_PRICED_ROWS].to(weight.device)
+        rows = priced_rows(weight)
         part, share = weight[rows].contiguous(), len(weight) / len(rows)
         importance = None if gram is None else gram.diagonal().contiguous()
         columns = weight.shape[1]
@@ -166,6 +166,12 @@ class _Prices:
                 cost += 0.5 * (errors * _typical(embedding[1], rows)).sum().item()
             choices.append(Choice(name, _bytes(self.source, tensor, name), cost))
         self.parts[tensor] = choices
+
+
+def priced_rows(weight: Tensor) -> Tensor:
+    """Indices of the rows that stand for all rows of a matrix; every one of them counts for `len(weight) / len(rows)`."""
+    shuffled = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
+    return shuffled[:PRICED_ROWS].to(weight.device)
 
 
 def _typical(often: Tensor, rows: Tensor) -> Tensor:

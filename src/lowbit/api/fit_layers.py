@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.api.fit import Fit
+from lowbit.api.fit import GRADIENT_WINDOWS, Fit, priced_rows
 from lowbit.api.quantize import recipe_for
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
@@ -35,9 +35,6 @@ from lowbit.pipeline.sensitivity import output_sensitivity, price
 from lowbit.recipe import Calibration, Override, Recipe
 from lowbit.recommend.allocate import Choice, allocate
 
-# rows of a matrix that are priced: the others are taken to be like them
-_PRICED_ROWS = 512
-_GRADIENT_WINDOWS = 8
 _LEFT = "16 bits"
 
 
@@ -116,7 +113,7 @@ def _prices(
     model: StreamedModel, windows: Tensor, plans: Mapping[_Numbers, Plan], progress: Progress
 ) -> dict[tuple[str, ...], list[Choice]]:
     """The choices of every group of layers, by their paths, with their bytes and predicted divergence."""
-    found = output_sensitivity(model, windows[:_GRADIENT_WINDOWS], progress)
+    found = output_sensitivity(model, windows[:GRADIENT_WINDOWS], progress)
     planned = next(iter(plans.values())).layers
     progress.start("price", len(model.blocks))
     parts: dict[tuple[str, ...], list[Choice]] = {}
@@ -145,15 +142,18 @@ def _choices(
     sensitivity: Mapping[str, Tensor],
     plans: Mapping[_Numbers, Plan],
 ) -> list[Choice]:
+    parts, matters = [], []
+    for path, weight in weights.items():
+        rows = priced_rows(weight)
+        parts.append(weight[rows])
+        matters.append(sensitivity[path][rows] * (len(weight) / len(rows)))
+    # rows are independent and the inputs are shared: one factorization serves all layers of the group
+    stacked, matter = torch.cat(parts), torch.cat(matters)
     choices = [Choice(_LEFT, sum(2 * weight.numel() for weight in weights.values()), 0.0)]
     for numbers, plan in plans.items():
-        cost = 0.0
-        for path, weight in weights.items():
-            scheme = plan.layers[path].scheme.weights
-            assert scheme is not None
-            rows = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:_PRICED_ROWS]
-            part, share = weight[rows.to(weight.device)].contiguous(), len(weight) / len(rows)
-            cost += _cost(part, statistics, scheme, sensitivity[path][rows.to(weight.device)] * share)
+        scheme = plan.layers[next(iter(weights))].scheme.weights
+        assert scheme is not None
+        cost = _cost(stacked, statistics, scheme, matter)
         choices.append(Choice(numbers.name, _stored_bytes(plan, tuple(weights)), cost))
     return choices
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit.commands.parse import parse_bytes
+
+if TYPE_CHECKING:
+    from lowbit.api.fit import Fit
+    from lowbit.recommend.memory import Place
 
 
 def fit(
@@ -58,7 +62,8 @@ def fit(
     if max_memory is not None:
         from lowbit.api.memory import serving_memory
 
-        method, runtime, place = ("q4_k_m", "llama.cpp", "cpu") if gguf else ("gptq", "vllm", "gpu")
+        method, runtime = ("q4_k_m", "llama.cpp") if gguf else ("gptq", "vllm")
+        place: Place = "cpu" if gguf else "gpu"
         parts = serving_memory(model, method, runtime=runtime, place=place, context=context, concurrency=concurrency)
         budget = (parse_bytes(max_memory) or 0) - (parts.total - parts.weights)
     with listener(quiet=quiet or as_json) as progress:
@@ -84,7 +89,7 @@ def fit(
     _print(found, measured, recipe, output, gguf)
 
 
-def _print(found, measured, recipe, output, gguf) -> None:  # type: ignore[no-untyped-def]  # typed where they are made
+def _print(found: Fit, measured: dict[str, Any] | None, recipe: Path | None, output: Path | None, gguf: bool) -> None:
     from collections import Counter
 
     from rich.console import Console

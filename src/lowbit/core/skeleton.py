@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.core.errors import ArchitectureError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def build_skeleton(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+
+def build_skeleton(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config.json, in eval mode, with every parameter on the meta device.
 
     Buffers (rotary frequencies and the like) are computed for real, because they are not in checkpoints.
@@ -26,13 +28,13 @@ def build_skeleton(config: Mapping[str, Any], *, trust_remote_code: bool = False
     try:
         model_config = AutoConfig.for_model(model_type, **plain)
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model: nn.Module = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArchitectureError(
             f"transformers cannot build a causal language model of type {model_type!r}: {_first_line(error)}",
             hint="check config.json, or install a transformers that knows this model",
         ) from error
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     return model.eval().requires_grad_(False)
 
 

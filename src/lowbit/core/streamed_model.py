@@ -39,7 +39,7 @@ class StreamedModel:
         model_type = str(checkpoint.config.get("model_type", ""))
         self.known = known_architecture(model_type) is not None
         self.architecture = known_architecture(model_type) or _guess_architecture(model_type, self.skeleton)
-        self.blocks: nn.ModuleList = self.skeleton.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.skeleton.get_submodule(self.architecture.blocks)
         self.architecture = take_experts_apart(model_type, self.architecture, self.blocks)
         self._stored = _stored_names(self.skeleton, checkpoint)
         self._arguments: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
@@ -94,13 +94,13 @@ class StreamedModel:
         state = {name: tensor.to(self.dtype) for name, tensor in stored.items()}
         del stored
         self.skeleton.load_state_dict(state, strict=False, assign=True)
-        self.skeleton.tie_weights()  # type: ignore[operator]
+        self.skeleton.tie_weights()
         try:
             yield
         finally:
             for name in state:
                 _set_parameter(self.skeleton, name, _meta_like(state[name]))
-            self.skeleton.tie_weights()  # type: ignore[operator]
+            self.skeleton.tie_weights()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ _ROWS = 16
 
 
 @triton.jit
-def _compensate(weight, factor, scale, zero, codes, errors, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _compensate(weight, factor, scale, zero, codes, errors, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.arange(0, N)
     place = row[:, None] * N + column[None, :]
@@ -46,7 +46,7 @@ def _compensate(weight, factor, scale, zero, codes, errors, rows, max_code, N: t
 
 
 @triton.jit
-def _descend(gradient, hessian, scale, zero, codes, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _descend(gradient, hessian, scale, zero, codes, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.arange(0, N)
     place = row[:, None] * N + column[None, :]

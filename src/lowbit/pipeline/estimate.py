@@ -28,7 +28,7 @@ def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, seq
     streams = 1 + any(layer.method.needs(layer.options).original for layer in plan.layers.values())
     count = windows * tokens if plan.needs_calibration else 0
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    hidden = model.skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    hidden = model.skeleton.get_input_embeddings().weight.shape[1]
     groups = _input_groups(plan, model)
     stored = 2 * block if plan.dtype == model.dtype else 2 * block + block * model.dtype.itemsize
     working = max((_working_bytes(group, streams) for group in groups), default=0)

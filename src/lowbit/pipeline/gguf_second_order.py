@@ -176,7 +176,7 @@ class SecondOrderRun:
 
 
 def _embedding_shape(model: StreamedModel) -> tuple[int, ...]:
-    return tuple(model.skeleton.get_input_embeddings().weight.shape)  # type: ignore[operator]
+    return tuple(model.skeleton.get_input_embeddings().weight.shape)
 
 
 def _relative(weight: Tensor, rounded: Tensor, curvature: Curvature) -> float:

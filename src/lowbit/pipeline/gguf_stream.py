@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.core.statistics import InputStatistics
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.run import Streams
+from lowbit.pipeline.streams import Streams, room_for
 
 Visit = Callable[[str, Tensor], None]  # (module's name in the block, its inputs [batch, tokens, in])
 
@@ -25,16 +25,12 @@ def embedded(
     states: Activations | None = None
     with torch.no_grad(), model.outside():
         if embedding is not None:
-            table = model.skeleton.get_input_embeddings()  # type: ignore[operator]
+            table = model.skeleton.get_input_embeddings()
             table.weight = nn.Parameter(embedding.to(model.device, model.dtype), requires_grad=False)
         for start in range(0, len(windows), batch):
             hidden = model.embed(windows[start : start + batch])
             if states is None:
-                shape = (*windows.shape, hidden.shape[-1])
-                nbytes = shape[0] * shape[1] * shape[2] * model.dtype.itemsize * copies
-                spill = streams.spill if nbytes > streams.max_bytes else None
-                place = model.device if spill is None else torch.device("cpu")
-                states = Activations((shape[0], shape[1], shape[2]), model.dtype, place, batch, spill)
+                states = room_for(model, windows, streams, slice(0, len(windows)), hidden.shape[-1], copies)
             states.put(slice(start, start + len(hidden)), hidden)
     assert states is not None
     return states
@@ -107,7 +103,7 @@ def head_statistics(model: StreamedModel, states: Activations, original: Activat
 
 
 def _head_inputs(model: StreamedModel, hidden: Tensor) -> Tensor:
-    head: nn.Module = model.skeleton.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module = model.skeleton.get_output_embeddings()
     seen: dict[str, Tensor] = {}
     with _watched(head, [""], seen, leave=True), suppress(_Seen):
         model.logits(hidden)

@@ -116,7 +116,7 @@ class _Written:
 def _tables(job: GgufJob, model: StreamedModel) -> dict[str, str]:
     """Embedding and head: the checkpoint's name -> the file's tensor, where the file has one of the same shape."""
     found = {}
-    skeleton: Any = model.skeleton
+    skeleton = model.skeleton
     modules = {"token_embd.weight": skeleton.get_input_embeddings(), "output.weight": skeleton.get_output_embeddings()}
     names = {id(parameter): name for name, parameter in model.skeleton.named_parameters()}
     for tensor, module in modules.items():

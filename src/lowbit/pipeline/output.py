@@ -79,7 +79,7 @@ class WrittenOutput(Output):
             self._write(tensors)
         else:
             # a stream of its own: copies need not wait for what the next block has queued meanwhile
-            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's own
                 torch.cuda.current_stream(device).wait_event(made)
                 self._write(tensors)
         self.writer.sync()

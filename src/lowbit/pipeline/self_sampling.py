@@ -75,7 +75,7 @@ def sample_windows(
         documents = []
         for start in range(0, total, batch):
             first = torch.randint(0, vocabulary, (min(batch, total - start), 1), generator=generator).to(device)
-            ids = network.generate(  # type: ignore[operator]
+            ids = network.generate(  # type: ignore[operator]  # transformers' mixin, declared without self's type
                 first,
                 attention_mask=torch.ones_like(first),
                 min_new_tokens=document - 1,

@@ -38,7 +38,7 @@ def embed(
         for ids in torch.split(own, _batch(windows, streams)):
             hidden = model.embed(ids)
             if arriving is None:
-                arriving = _states(model, windows, streams, share, hidden.shape[-1], copies=1 + compares)
+                arriving = room_for(model, windows, streams, share, hidden.shape[-1], copies=1 + compares)
                 batches = arriving.batches()
             arriving.put(next(batches), hidden)
         if learning_layers(plan.layers):
@@ -46,15 +46,15 @@ def embed(
     assert arriving is not None
     if not compares:
         return arriving, None
-    original = _states(model, windows, streams, share, arriving.states.shape[-1], copies=2)
+    original = room_for(model, windows, streams, share, arriving.states.shape[-1], copies=2)
     original.states.copy_(arriving.states)
     return arriving, original
 
 
 def calibration_states(model: StreamedModel, windows: Tensor, streams: Streams) -> Activations:
     """Room for the hidden states [windows, tokens, hidden] of all windows."""
-    hidden = int(model.skeleton.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-    return _states(model, windows, streams, slice(0, len(windows)), hidden, copies=1)
+    hidden = int(model.skeleton.get_input_embeddings().weight.shape[1])
+    return room_for(model, windows, streams, slice(0, len(windows)), hidden, copies=1)
 
 
 def replay(
@@ -76,9 +76,11 @@ def _batch(windows: Tensor, streams: Streams) -> int:
     return max(1, streams.batch_tokens // windows.shape[1])
 
 
-def _states(
+def room_for(
     model: StreamedModel, windows: Tensor, streams: Streams, share: slice, hidden: int, copies: int
 ) -> Activations:
+    """Room for the states [share, tokens, hidden] of a share of the windows, spilled to disk when `copies` of it are more
+    than memory may hold."""
     shape = (share.stop - share.start, windows.shape[1], hidden)
     nbytes = shape[0] * shape[1] * shape[2] * model.dtype.itemsize * copies
     spill = streams.spill if nbytes > streams.max_bytes else None

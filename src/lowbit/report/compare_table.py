@@ -48,15 +48,21 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     columns: list[tuple[str, Callable[[Row], str]]] = [("method", _method)]
     for heading, key, show in fixed:
         if any(values[key] is not None for values in rows):
-            columns.append((heading, lambda values, key=key, show=show: show(values[key])))  # type: ignore[misc]
+            columns.append((heading, _value(key, show)))
     spread = len(task_names(rows)) <= 2  # as many as 80 columns hold with their errors
     for name in task_names(rows):
-        columns.append(
-            (_short(name), lambda values, name=name: score_cell(values["tasks"].get(name), error=spread))  # type: ignore[misc]
-        )
+        columns.append((_short(name), _score(name, error=spread)))
     if any(values["decode"] is not None for values in rows):
-        columns.append(("tok/s", lambda values: _number(".1f")(values["decode"])))
+        columns.append(("tok/s", _value("decode", _number(".1f"))))
     return columns
+
+
+def _value(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda values: show(values[key])
+
+
+def _score(name: str, *, error: bool) -> Callable[[Row], str]:
+    return lambda values: score_cell(values["tasks"].get(name), error=error)
 
 
 def _method(values: Row) -> str:

@@ -99,7 +99,7 @@ def dequantized(data: Tensor, tensor: GgufTensor) -> Tensor:
     try:
         rows = data.numpy().reshape(*tensor.shape[:-1], -1)
         dense = dequantize(rows, GGMLQuantizationType[tensor.ggml_type])
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # gguf-py's word for types that it cannot dequantize
         raise CheckpointError(f"{tensor.name} is stored as {tensor.ggml_type}, which cannot be read") from error
     return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(tensor.shape)
 

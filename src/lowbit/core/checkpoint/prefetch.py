@@ -24,7 +24,7 @@ class Prefetching:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: dict[str, Future[Tensor]] = {}
         # copies on a stream of their own do not wait for what is being computed
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

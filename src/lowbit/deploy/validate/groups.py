@@ -12,7 +12,7 @@ from typing import Any
 
 from lowbit.deploy.documents import Document, KeyPath
 from lowbit.deploy.validate.finding import Change, Finding
-from lowbit.deploy.validate.view import Container, at, items, jobs, mapping, pods
+from lowbit.deploy.validate.view import Container, at, claims_of_one_node, items, jobs, mapping, pods
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "")
 
@@ -35,23 +35,19 @@ def _names(document: Document, documents: Sequence[Document]) -> Iterator[Findin
 
 
 def _claims(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:
-    modes = {each.name: at(each.content, "spec", "accessModes") for each in documents
-             if each.kind == "PersistentVolumeClaim"}  # fmt: skip
     at_once = {path: _at_once(document, path) for path, _ in jobs(document)}
     for pod in pods(document):
         if at_once.get(pod.path[:-2], 1) < 2:
             continue
-        for index, volume in enumerate(items(pod.spec.get("volumes"))):
-            claim = at(volume, "persistentVolumeClaim", "claimName")
-            if modes.get(claim) in (["ReadWriteOnce"], ["ReadWriteOncePod"]):
-                yield Finding(
-                    "claim-mode",
-                    "error",
-                    document,
-                    (*pod.path, "volumes", index),
-                    f"{claim} is {modes[claim][0]}, and several pods run at once: those on other nodes never start",
-                    "a ReadWriteMany claim",
-                )
+        for place, claim, mode in claims_of_one_node(pod, documents):
+            yield Finding(
+                "claim-mode",
+                "error",
+                document,
+                place,
+                f"{claim} is {mode}, and several pods run at once: those on other nodes never start",
+                "a ReadWriteMany claim",
+            )
 
 
 def _torchrun(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:

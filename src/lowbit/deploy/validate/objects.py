@@ -7,7 +7,7 @@ from typing import Any
 
 from lowbit.deploy.documents import Document
 from lowbit.deploy.validate.finding import REMOVE, Change, Finding
-from lowbit.deploy.validate.view import Pod, at, items, mapping, pods
+from lowbit.deploy.validate.view import Pod, at, claims_of_one_node, items, mapping, pods
 
 # their controllers make pods, with labels that no manifest shows
 _MAKERS = ("RayCluster", "RayService", "InferenceService", "LLMInferenceService", "PyTorchJob", "Rollout")
@@ -178,23 +178,18 @@ def _claims(document: Document, documents: Sequence[Document]) -> Iterator[Findi
         and at(other.content, "spec", "scaleTargetRef", "name") == document.name
         for other in documents
     )
-    modes = {
-        other.name: at(other.content, "spec", "accessModes")
-        for other in documents
-        if other.kind == "PersistentVolumeClaim"
-    }
+    if not scaled and not (isinstance(replicas, int) and replicas > 1):
+        return
     for pod in pods(document):
-        for index, volume in enumerate(items(pod.spec.get("volumes"))):
-            claim = at(volume, "persistentVolumeClaim", "claimName")
-            if modes.get(claim) in (["ReadWriteOnce"], ["ReadWriteOncePod"]) and (scaled or (replicas or 1) > 1):
-                yield Finding(
-                    "claim-mode",
-                    "error",
-                    document,
-                    (*pod.path, "volumes", index),
-                    f"{claim} is {modes[claim][0]}, and there are several pods: those on other nodes never start",
-                    "a ReadOnlyMany or ReadWriteMany claim, an image volume, or a copy for each pod",
-                )
+        for place, claim, mode in claims_of_one_node(pod, documents):
+            yield Finding(
+                "claim-mode",
+                "error",
+                document,
+                place,
+                f"{claim} is {mode}, and there are several pods: those on other nodes never start",
+                "a ReadOnlyMany or ReadWriteMany claim, an image volume, or a copy for each pod",
+            )
 
 
 def _service_links(document: Document, documents: Sequence[Document]) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lowbit.deploy.documents import Document
+from lowbit.deploy.documents import Document, KeyPath
 from lowbit.deploy.validate.finding import Change, Finding
 from lowbit.deploy.validate.view import at, items, pods
 
@@ -39,29 +39,12 @@ def _types(document: Document, documents: Sequence[Document]) -> Iterator[Findin
                     )
                 for index, word in enumerate(given if isinstance(given, list) else ()):
                     if not isinstance(word, str):
-                        place = (*container.path, key, index)
-                        yield Finding(
-                            "wrong-type",
-                            "error",
-                            document,
-                            place,
-                            f"{word!r} is no text",
-                            "quote it",
-                            (Change(place, _text(word)),),
-                        )
+                        yield _unquoted(document, (*container.path, key, index), word, f"{word!r} is no text")
             for index, entry in enumerate(items(container.content.get("env"))):
                 value = entry.get("value")
                 if value is not None and not isinstance(value, str):
-                    place = (*container.path, "env", index, "value")
-                    yield Finding(
-                        "wrong-type",
-                        "error",
-                        document,
-                        place,
-                        f"{entry.get('name')} is {value!r}, and variables are text",
-                        "quote it",
-                        (Change(place, _text(value)),),
-                    )
+                    said = f"{entry.get('name')} is {value!r}, and variables are text"
+                    yield _unquoted(document, (*container.path, "env", index, "value"), value, said)
             for index, port in enumerate(items(container.content.get("ports"))):
                 if isinstance(port.get("containerPort"), str):
                     place = (*container.path, "ports", index, "containerPort")
@@ -75,6 +58,10 @@ def _types(document: Document, documents: Sequence[Document]) -> Iterator[Findin
                         "write it without quotes",
                         fix,
                     )
+
+
+def _unquoted(document: Document, place: KeyPath, value: object, said: str) -> Finding:
+    return Finding("wrong-type", "error", document, place, said, "quote it", (Change(place, _text(value)),))
 
 
 def _text(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -233,3 +233,14 @@ class Container:
                 folder = mapping(self.pod.volume(str(mount.get("name"))).get("emptyDir"))
                 return parse_quantity(folder.get("sizeLimit")) or 0.0 if folder.get("medium") == "Memory" else None
         return None
+
+
+def claims_of_one_node(pod: Pod, documents: Sequence[Document]) -> Iterator[tuple[KeyPath, str, str]]:
+    """Volumes of a pod that pods on one node alone can have: (place, name of the claim, its access mode)."""
+    modes = {
+        each.name: at(each.content, "spec", "accessModes") for each in documents if each.kind == "PersistentVolumeClaim"
+    }
+    for index, volume in enumerate(items(pod.spec.get("volumes"))):
+        claim = at(volume, "persistentVolumeClaim", "claimName")
+        if modes.get(claim) in (["ReadWriteOnce"], ["ReadWriteOncePod"]):
+            yield (*pod.path, "volumes", index), claim, modes[claim][0]

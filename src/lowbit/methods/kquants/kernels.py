@@ -17,13 +17,13 @@ _ROWS, _WIDE_ROWS = 16, 32
 
 
 @triton.jit
-def _nearest(value, low, high):  # type: ignore[no-untyped-def]
+def _nearest(value, low, high):  # type: ignore[no-untyped-def]  # Triton's
     # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
     return tl.minimum(tl.maximum(value, low), high) + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _compensate(weight, factor, scale, minimum, levels, errors, rows, low, high, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _compensate(weight, factor, scale, minimum, levels, errors, rows, low, high, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.arange(0, N)
     place = column[:, None] * rows + row[None, :]
@@ -51,13 +51,13 @@ def _compensate(weight, factor, scale, minimum, levels, errors, rows, low, high,
 
 
 @triton.jit
-def _safe(numerator, denominator):  # type: ignore[no-untyped-def]
+def _safe(numerator, denominator):  # type: ignore[no-untyped-def]  # Triton's
     usable = denominator > 0.0
     return tl.where(usable, numerator / tl.where(usable, denominator, 1.0), 0.0)
 
 
 @triton.jit
-def _move(  # type: ignore[no-untyped-def]
+def _move(  # type: ignore[no-untyped-def]  # Triton's
     gradient, square, stride, levels, d, dmin, scale_codes, min_codes, empty, change, rows, low, high, code_low, code_high,
     SCALED: tl.constexpr, AFFINE: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip

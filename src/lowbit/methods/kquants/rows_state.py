@@ -147,8 +147,9 @@ class RowsState:
             along = levels * self.scale_codes[subs].repeat_interleave(self.sub, 0)
         across = None
         if self.dmin is not None:
-            ones = torch.ones_like(levels) if self.min_codes is None else None
-            across = -(ones if ones is not None else self.min_codes[subs].repeat_interleave(self.sub, 0))  # type: ignore[index]
+            across = -torch.ones_like(levels)
+            if self.min_codes is not None:
+                across = -self.min_codes[subs].repeat_interleave(self.sub, 0)
         pair = _Pair(along, across, own, gradient)
         step, step_min = pair.solution()
         d = (self.d[block] + step).half().float()
