@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -69,5 +68,7 @@ class Measured:
     def __exit__(self, kind: Any, *_: object) -> None:
         if kind is None:
             seconds = round(time.perf_counter() - self.start, 1)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            # not ru_maxrss, which starts at what the parent held when it started this process
+            status = Path("/proc/self/status").read_text()
+            peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
             print(json.dumps({"seconds": seconds, "peak_rss_mib": peak, "versions": self.versions}), flush=True)

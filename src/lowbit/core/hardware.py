@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from pathlib import Path
 
 import torch
 
 from lowbit.core.errors import RecipeError
+from lowbit.core.resident import peak_resident
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -42,18 +42,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
     """Peak resident memory of this process and, on a GPU, peak allocated memory, in MiB, since `reset_peak_memory`."""
-    peak = {"resident": _resident_peak_kib() / 1024}
+    peak = {"resident": peak_resident() / 2**20}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device) / 2**20
     return peak
-
-
-def _resident_peak_kib() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def matrix_rate(device: torch.device | None = None, dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> float:

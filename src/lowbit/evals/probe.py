@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowbit.core.resident import peak_resident
+
 _REPEATS = 3
 RUNTIMES = ("transformers", "llama.cpp")
 
@@ -124,13 +126,6 @@ def _in_llama_cpp(artifact: str, prompt: int, tokens: int) -> dict[str, Any]:
     return found | {"load_seconds": load, "device": "cpu"}
 
 
-def _peak_resident() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("artifact", "runtime"):
@@ -143,7 +138,7 @@ def _main() -> None:
         found = _in_llama_cpp(asked.artifact, asked.prompt, asked.tokens)
     else:
         found = _in_transformers(asked.artifact, asked.prompt, asked.tokens, asked.device)
-    print(json.dumps({"runtime": asked.runtime, **found, "peak_memory": _peak_resident()}))
+    print(json.dumps({"runtime": asked.runtime, **found, "peak_memory": peak_resident()}))
 
 
 if __name__ == "__main__":

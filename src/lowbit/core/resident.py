@@ -1,0 +1,19 @@
+"""The most memory that this process has held, without a heavy import: child processes that are measured use it too."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_resident() -> int:
+    """Bytes. On Linux VmHWM: ru_maxrss starts at what the parent held when it started this process (exec_mmap in fs/exec.c),
+    so that a small child of a large program would be told its parent's size."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
