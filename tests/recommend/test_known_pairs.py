@@ -106,6 +106,9 @@ def test_what_does_not_fit_says_what_would(ask: Any) -> None:
     assert answer.ranked[0].option.method == "q2_k"
     assert "2 x GeForce RTX 4090" in answer.advice[0].en
     assert all(text.zh and text.zh != text.en for text in answer.advice)
+    board = ask("llama-2-7b", "board:4g", {})
+    assert not board.possible
+    assert "a machine with" in board.advice[-1].en
 
 
 def test_impossible_wishes_get_the_nearest(ask: Any) -> None:

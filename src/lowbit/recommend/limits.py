@@ -84,7 +84,8 @@ def advice(facts: Facts, hardware: Hardware, wishes: Wishes, candidates: Sequenc
         if wishes.max_memory is not None and nearest.parts.needed <= hardware.total_memory * share:
             found.append(text("raised", method=method, memory=f"{memory // 2**20 + 1}MiB"))
         else:
-            found.append(text("larger", method=method, memory=amount(memory / share), count=count, name=hardware.name))
+            larger = "larger" if hardware.kind == "gpu" else "more"  # boards and computers do not add up
+            found.append(text(larger, method=method, memory=amount(memory / share), count=count, name=hardware.name))
     if wishes.min_tokens_per_s is not None and nearest.speed.decode < wishes.min_tokens_per_s:
         need = hardware.bandwidth * wishes.min_tokens_per_s / nearest.speed.decode / 1e9
         have = hardware.bandwidth / 1e9
