@@ -112,7 +112,7 @@ def _print(table: dict[str, dict[str, Any]]) -> None:
     for part in (what, gives, runs):
         console.print(part)
     measured = any(row["measured"] for row in table.values())
-    note = "* measured." if measured else "Rules of thumb for models of 7B and up, not measurements; --measured DIR shows yours."
+    note = "* measured." if measured else "Rules of thumb for 7B and up, not measurements; --measured DIR shows yours."
     console.print(f"loss: rise of perplexity against 16 bits. speed: of decoding; +: also with large batches. {note}")
 
 

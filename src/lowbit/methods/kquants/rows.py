@@ -26,7 +26,7 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None, *,
     Byte for byte what ggml's reference row quantizers give, without and with `importance` (float32 `[cols]`, a mean
     of squared inputs; never negative). Beside input and output it takes at most 40 bytes a weight of a chunk: a chunk
     is 2**20 weights on a CPU (40 MiB) and 2**25 on a GPU (1.25 GiB), or one row where that is longer. native: let C do it
-    on a CPU, where libgguf is installed.
+    on a CPU, where xllamacpp is installed.
 
     Raises FormatError for weights or importance that are not finite or do not fit the type, and, as llama-quantize
     does, where a scale overflows float16.
