@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from lowbit.core.checkpoint.gguf_source import GgufSource
+from lowbit.core.checkpoint.gguf_source import GgufSource, dequantized
 from lowbit.core.progress import Progress
 from lowbit.formats.gguf_imatrix import Importance, means_of
 from lowbit.methods.kquants import encode
@@ -60,29 +62,71 @@ def encode_tensors(
     """Encode (or copy) the named tensors as llama-quantize does, with their importance where there is some. What is
     `provisional` among them is written but does not count as done: it will be written again."""
     job.progress.start("encode", len(names))
-    waiting: dict[str, float | None] = {}
-    size = 0
-    for name in names:
-        if not job.is_done(name):
-            job.progress.note(f"{name} as {job.types[name]}")
-            data = encoded(job, name, importance or {})
-            job.writer.write(name, data)
-            if name not in provisional:
-                waiting[name] = None
-            size += data.numel()
+    wanted = [name for name in names if not job.is_done(name)]
+    for _ in range(len(names) - len(wanted)):
         job.progress.advance()
-        if size >= _SYNC_BYTES:
-            job.done(waiting)
-            waiting, size = {}, 0
-    job.done(waiting)
+    with _Behind(job, provisional) as behind:
+        for name, stored in _read_ahead(job.source, wanted):
+            job.progress.note(f"{name} as {job.types[name]}")
+            behind.write(name, _encoded(job, name, stored, importance or {}))
+            job.progress.advance()
 
 
-def encoded(job: GgufJob, name: str, importance: Mapping[str, Importance]) -> Tensor:
+def _read_ahead(source: GgufSource, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors' bytes; while one is worked on, the next is read."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        coming: Future[Tensor] | None = None
+        for name, after in zip_longest(names, names[1:]):
+            stored = coming.result() if coming else source.stored(name)
+            coming = reader.submit(source.stored, after) if after else None
+            yield name, stored
+
+
+class _Behind:
+    """Writes tensors while the next is encoded; they count as done once they are safely on disk. A context manager: at its
+    end all are, unless something was raised. Raises OutputError, for what was begun before too."""
+
+    def __init__(self, job: GgufJob, provisional: Sequence[str]) -> None:
+        self.job, self.provisional = job, provisional
+        self.waiting: dict[str, float | None] = {}
+        self.size = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._begun: Future[None] | None = None
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+            self.job.done(self.waiting)
+
+    def write(self, name: str, data: Tensor) -> None:
+        """Begin to write a tensor's bytes, uint8."""
+        self._wait()
+        self._begun = self._thread.submit(self._write, name, data)
+
+    def _write(self, name: str, data: Tensor) -> None:
+        self.job.writer.write(name, data)
+        if name not in self.provisional:
+            self.waiting[name] = None
+        self.size += data.numel()
+        if self.size >= _SYNC_BYTES:
+            self.job.done(self.waiting)
+            self.waiting, self.size = {}, 0
+
+    def _wait(self) -> None:
+        if self._begun is not None:
+            self._begun.result()
+
+
+def _encoded(job: GgufJob, name: str, stored: Tensor, importance: Mapping[str, Importance]) -> Tensor:
     """A tensor's bytes in its new type, uint8 [nbytes]."""
     tensor = job.source.tensors[name]
     if tensor.ggml_type == job.types[name]:
-        return job.source.stored(name)
-    dense = job.source.dense(name).to(job.device)
+        return stored
+    dense = dequantized(stored.to(job.device), tensor)
     columns = tensor.shape[-1]
     matrices = dense.view(-1, *tensor.shape[-2:]) if len(tensor.shape) > 2 else dense.view(1, -1, columns)
     means = means_of(importance, name, len(matrices), columns)

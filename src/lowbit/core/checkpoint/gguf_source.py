@@ -90,18 +90,18 @@ class GgufSource:
 
 
 def dequantized(data: Tensor, tensor: GgufTensor) -> Tensor:
-    """float32 of the tensor's shape from its bytes, uint8. Raises CheckpointError for a type that cannot be read."""
+    """float32 of the tensor's shape from its bytes, uint8, on their device. Raises CheckpointError for unreadable types."""
     if tensor.ggml_type in _FLOATS:
         return data.view(_FLOATS[tensor.ggml_type]).to(torch.float32).view(tensor.shape)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     try:
-        rows = data.numpy().reshape(*tensor.shape[:-1], -1)
+        rows = data.cpu().numpy().reshape(*tensor.shape[:-1], -1)
         dense = dequantize(rows, GGMLQuantizationType[tensor.ggml_type])
     except NotImplementedError as error:  # gguf-py's word for types that it cannot dequantize
         raise CheckpointError(f"{tensor.name} is stored as {tensor.ggml_type}, which cannot be read") from error
-    return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(tensor.shape)
+    return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).to(data.device).view(tensor.shape)
 
 
 def shard_name(name: str, index: int, count: int) -> str:
