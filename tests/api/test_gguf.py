@@ -17,6 +17,7 @@ import lowbit
 from lowbit.api.run import Settings
 from lowbit.core.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from lowbit.methods.kquants import encode
+from lowbit.pipeline.gguf_writer import GgufWriter
 from tests.gguf_files import gguf_tensors, write_gguf
 from tests.interrupted import StopAt
 
@@ -156,6 +157,29 @@ def test_wrong_options(source: Path, tmp_path: Path, changes: dict[str, Any], er
     with pytest.raises(error, match=what):
         quantized(source, tmp_path / "m.gguf", "q4_k_m", **changes)
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_disk_that_fills_up_is_an_error_and_the_run_continues(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are written behind the encoder's back; what it is told of late must not count as done."""
+    usual, written = GgufWriter.write, []
+
+    def write(self: GgufWriter, name: str, data: torch.Tensor) -> None:
+        if len(written) == 5:
+            raise OutputError("the disk is full")
+        written.append(name)
+        usual(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GgufWriter, "write", write)
+        with pytest.raises(OutputError, match="full"):
+            quantized(source, tmp_path / "m.gguf", "q4_k_m")
+    assert not (tmp_path / "m.gguf").exists()
+    quantized(source, tmp_path / "m.gguf", "q4_k_m")
+    whole = quantized(source, tmp_path / "whole.gguf", "q4_k_m").path
+    tensors = [{t.name: t.data.tobytes() for t in gguf.GGUFReader(f).tensors} for f in (tmp_path / "m.gguf", whole)]
+    assert tensors[0] == tensors[1]
 
 
 def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> None:
