@@ -10,6 +10,7 @@ import torch
 from lowbit.core.primitives import Grid, group_of_columns, search_grid, to_codes
 from lowbit.core.scheme import WeightScheme
 from lowbit.methods import columns
+from lowbit.methods.compiling import compiled
 
 cpu_kernels = pytest.importorskip("lowbit.methods.cpu_kernels", reason="numba is not installed")
 
@@ -34,7 +35,7 @@ def test_loops_equal_pytorchs(threads: int, monkeypatch: pytest.MonkeyPatch) -> 
     codes, errors = cpu_kernels.compensate(weight, factor, scale, zero, 15)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.01
     moved = cpu_kernels.descend(gradient, hessian, scale, zero, codes, 15)
-    monkeypatch.setattr(columns, "compiled", lambda: False)
+    monkeypatch.setattr(columns, "available", lambda: False)
     plain_codes, plain_errors = columns.compensate(weight, factor, scale, zero, 15)
     assert torch.equal(codes, plain_codes)
     torch.testing.assert_close(errors, plain_errors, rtol=1e-3, atol=1e-5)
@@ -68,4 +69,4 @@ def test_compiles_where_nothing_can_be_kept() -> None:
     code = compile("def twice(x):\n    return 2 * x\n", "<nowhere>", "exec")
     made: dict[str, Any] = {}
     exec(code, made)
-    assert cpu_kernels._compiled()(made["twice"])(21) == 42
+    assert compiled()(made["twice"])(21) == 42

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from lowbit.methods.compiling import available
+
 # columns that see each other's errors one by one; those further on get them together, as a matrix product
 _NEAR = 32
-
-
-@functools.cache
-def compiled() -> bool:
-    """Whether numba is installed, which runs these loops several times faster on a CPU (the extra `cpu`)."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +21,7 @@ def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_
         from lowbit.methods import kernels
 
         return kernels.compensate(weight, factor, scale, zero, max_code)
-    if compiled():
+    if available():
         from lowbit.methods import cpu_kernels
 
         return cpu_kernels.compensate(weight, factor, scale, zero, max_code)
@@ -58,7 +51,7 @@ def descend(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, code
         from lowbit.methods import kernels
 
         return kernels.descend(gradient, hessian, scale, zero, codes, max_code)
-    if compiled():
+    if available():
         from lowbit.methods import cpu_kernels
 
         return cpu_kernels.descend(gradient, hessian, scale, zero, codes, max_code)

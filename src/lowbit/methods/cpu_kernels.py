@@ -7,12 +7,9 @@ those of columns.py and primitives.search_grid but for float32 rounding of sums.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from lowbit.core.primitives import REFINEMENTS, SHRINK, Grid
 from lowbit.core.scheme import WeightScheme
+from lowbit.methods.compiling import compiled
 
 # mantissa bits of a float32 that a stored scale lacks
 _DROPPED = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}
@@ -74,25 +72,13 @@ def _by_rows(count: int, work: Callable[[slice], None]) -> None:
         list(pool.map(work, parts))
 
 
-def _compiled(**options: object) -> Callable[[Any], Any]:
-    """numba.njit, kept on disk beside this file or in ~/.cache; where neither can be written, compiled anew each time."""
-
-    def decorate(function: Any) -> Any:
-        compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
-        with contextlib.suppress(RuntimeError):  # numba's, of a root and a home that are read-only
-            compiled.enable_caching()
-        return compiled
-
-    return decorate
-
-
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add(total, values, times):  # type: ignore[no-untyped-def]  # numba's
     for k in range(len(total)):
         total[k] += times * values[k]
 
 
-@_compiled()
+@compiled()
 def _compensate(first, last, weight, factor, scale, zero, max_code, codes, errors):  # type: ignore[no-untyped-def]  # numba's
     columns = weight.shape[1]
     for row in range(first, last):
@@ -105,7 +91,7 @@ def _compensate(first, last, weight, factor, scale, zero, max_code, codes, error
             _add(w[j + 1 :], factor[j, j + 1 :], -error)
 
 
-@_compiled()
+@compiled()
 def _descend(first, last, gradient, hessian, scale, zero, max_code, codes):  # type: ignore[no-untyped-def]  # numba's
     columns = gradient.shape[1]
     for row in range(first, last):
@@ -120,7 +106,7 @@ def _descend(first, last, gradient, hessian, scale, zero, max_code, codes):  # t
                 _add(g[j + 1 :], hessian[j, j + 1 :], -change)
 
 
-@_compiled()
+@compiled()
 def _as_stored(scale, dropped, tiny, largest):  # type: ignore[no-untyped-def]  # numba's
     """float32 rounded to the nearest of a dtype with fewer mantissa bits, ties to even; subnormals do not occur."""
     magnitude = np.float32(min(max(abs(scale), tiny), largest))
@@ -133,7 +119,7 @@ def _as_stored(scale, dropped, tiny, largest):  # type: ignore[no-untyped-def]  
 
 
 # sums over a group may be taken in any order
-@_compiled(fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _fit(w, c, scale, zero, max_code):  # type: ignore[no-untyped-def]  # numba's
     """(power, match) of the nearest codes' offsets: sums of c o^2 and of c o w."""
     power = match = np.float32(0)
@@ -145,7 +131,7 @@ def _fit(w, c, scale, zero, max_code):  # type: ignore[no-untyped-def]  # numba'
     return power, match
 
 
-@_compiled()
+@compiled()
 def _search(  # type: ignore[no-untyped-def]  # numba's
     first, last, weight, cost, shrinks, size, max_code, middle, symmetric, dropped, tiny, largest, rounds, scales, zeros
 ):

@@ -23,7 +23,8 @@ from lowbit.core.errors import CalibrationError
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
-from lowbit.methods.columns import compensate, compiled
+from lowbit.methods.columns import compensate
+from lowbit.methods.compiling import available
 from lowbit.methods.refine import descend_codes, fit_scales
 from lowbit.methods.rtn import make_qtensor
 
@@ -123,7 +124,7 @@ def _searched(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, co
         from lowbit.methods import grid_kernels
 
         return grid_kernels.search_grid(weight, scheme, scale_dtype, cost)
-    if not weight.is_cuda and compiled():
+    if not weight.is_cuda and available():
         from lowbit.methods import cpu_kernels
 
         return cpu_kernels.search_grid(weight, scheme, scale_dtype, cost)

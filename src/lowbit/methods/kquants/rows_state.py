@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.methods.kquants.codec import Codec
 from lowbit.methods.kquants.grid import Grid, nearest_level
+from lowbit.methods.kquants.loops import kernels_for
 
 # what the integer scales of a sub-block can hold
 _SCALE_CODES = {
@@ -24,6 +25,7 @@ class RowsState:
 
     def __init__(self, codec: Codec, grid: Grid, target: Tensor, codes: Tensor | None = None) -> None:
         self.codec, self.target = codec, target
+        self.kernels = kernels_for(target) if codec.uniform else None
         # MXFP4 has its levels in the order of its bits, and zero twice
         self.ascending = tuple(sorted(set(codec.levels)))
         self.by_code = torch.tensor(codec.levels, dtype=torch.float32, device=target.device)
@@ -111,7 +113,7 @@ class RowsState:
             for at in range(span.start, span.stop, self.sub):
                 inside = at - span.start
                 here = slice(inside, inside + self.sub)
-                move = self._move_on_gpu if gradient.is_cuda and self.codec.uniform else self._move_sub_block
+                move = self._move_sub_block if self.kernels is None else self._move_compiled
                 delta = move(block, at // self.sub, own[here, here], gradient[here])
                 rest = slice(here.stop, None)
                 gradient[rest].addmm_(own[rest, here], delta, alpha=-1)
@@ -187,11 +189,9 @@ class RowsState:
             levels[j] = new
         return self._dequantize_sub(block, index) - before
 
-    def _move_on_gpu(self, block: int, index: int, square: Tensor, gradient: Tensor) -> Tensor:
+    def _move_compiled(self, block: int, index: int, square: Tensor, gradient: Tensor) -> Tensor:
         """The same in one kernel."""
-        from lowbit.methods.kquants.kernels import move_sub_block
-
-        return move_sub_block(
+        moved: Tensor = self.kernels.move_sub_block(
             gradient,
             square,
             self.levels[index * self.sub : (index + 1) * self.sub],
@@ -203,6 +203,7 @@ class RowsState:
             (self.codec.levels[0], self.codec.levels[-1]),
             _SCALE_CODES.get(self.codec.ggml_type, (0, 0)),
         )
+        return moved
 
     def _sub_grid(self, block: int, index: int) -> tuple[Tensor, Tensor | None]:
         if self.scale_codes is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.methods.kquants.codec import CODECS, Codec
 from lowbit.methods.kquants.curvature import Curvature
 from lowbit.methods.kquants.grid import Grid
+from lowbit.methods.kquants.rows import encode
 from lowbit.methods.kquants.rows_state import RowsState
 
 _LAZY = 128
@@ -68,7 +69,7 @@ def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
 def _quantize_rows(
     codec: Codec, weights: Tensor, curvature: Curvature, options: SecondOrderOptions
 ) -> tuple[Grid, Tensor]:
-    grid, nearest = codec.choose(weights.contiguous(), curvature.cost)
+    grid, nearest = _ggmls_own(codec, weights.contiguous(), curvature.cost)
     target = weights.T.contiguous()
     state = RowsState(codec, grid, target)
     state.set_levels(_round_columns(state, target, curvature))
@@ -84,6 +85,13 @@ def _quantize_rows(
             break
         before = after
     return state.grid(), state.codes()
+
+
+def _ggmls_own(codec: Codec, weights: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+    """ggml's grid and codes; on a CPU by way of its bytes, which C finds faster."""
+    if weights.is_cuda:
+        return codec.choose(weights, importance)
+    return codec.unpack(encode(codec.ggml_type, weights, importance))
 
 
 def _round_columns(state: RowsState, target: Tensor, curvature: Curvature) -> Tensor:
@@ -107,10 +115,11 @@ def _round_stretch(
 ) -> tuple[Tensor, Tensor]:
     """The loop over a few columns [n, out], `weight` changed in place: levels, and errors that later columns have to make
     up for."""
-    if weight.is_cuda and state.codec.uniform:
-        from lowbit.methods.kquants.kernels import compensate
-
-        return compensate(weight, factor, scale, minimum, state.codec.levels[0], state.codec.levels[-1])
+    if state.kernels is not None:
+        found: tuple[Tensor, Tensor] = state.kernels.compensate(
+            weight, factor, scale, minimum, state.codec.levels[0], state.codec.levels[-1]
+        )
+        return found
     levels, errors = torch.empty_like(weight), torch.empty_like(weight)
     for j in range(len(weight)):
         levels[j] = state.nearest(weight[j], scale[j], minimum[j])
