@@ -22,7 +22,7 @@ from lowbit.core.statistics import InputStatistics, tensor_float32_products
 from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline import experts
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
-from lowbit.pipeline.passage import BEFORE, BEHIND, BETWEEN
+from lowbit.pipeline.passage import BEFORE, BETWEEN
 from lowbit.pipeline.plan import LayerPlan, needs_input_scale
 from lowbit.pipeline.transform import transform_block
 from lowbit.pipeline.watch import watch
@@ -44,7 +44,7 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
         steps = experts.steps(job.model.architecture, groups, columns)
     for number, step in enumerate(steps):
         following = steps[number + 1][0][0] if number + 1 < len(steps) else None
-        until = _last_place_before(job, following)
+        until = BEFORE if job.arriving is None else job.arriving.place_before(following)
         statistics = _statistics(job, step, known, stale=sequential and number > 0, until=until)
         unseen = _for_unseen(job, statistics)
         for group in step:
@@ -59,14 +59,6 @@ def quantize_block(job: BlockJob, *, sequential: bool, note: Callable[[str], Non
                 if stream is not None:
                     stream.advance(BETWEEN)
     return result
-
-
-def _last_place_before(job: BlockJob, following: str | None) -> int:
-    """How far states can go on before the layer that is watched next; the end of the block after the last."""
-    if following is None:
-        return BEHIND
-    halves = None if job.arriving is None else job.arriving.halves
-    return BEFORE if halves is None or following.startswith(f"{halves.names[0]}.") else BETWEEN
 
 
 def _statistics(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
-from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
+from lowbit.pipeline.gguf_stream import embedded, head_statistics
 from lowbit.pipeline.job import place_weight
+from lowbit.pipeline.passage import BEHIND, BETWEEN, HalvesFinder, Passage
 from lowbit.pipeline.run import Streams
 
 _TIED_DAMPING = 0.05
@@ -35,6 +37,7 @@ class SecondOrderRun:
     streams: Streams
     options: SecondOrderOptions
     head: str | None = None
+    halves: HalvesFinder = field(default_factory=HalvesFinder)
 
     def quantize(self, windows: Tensor) -> int:
         """Round all blocks on calibration token windows [samples, tokens]; returns how many blocks an earlier run had
@@ -55,22 +58,22 @@ class SecondOrderRun:
             finished = all(self.job.is_done(linear.tensor) for linear in own.values())
             weights = model.read_block(index)
             with torch.no_grad(), model.block(index, weights) as module:
+                halves = self.halves.find(model, index, module, states)
+                passages = [Passage(model, index, module, states, halves=halves)]
+                if original is not None:
+                    passages.append(Passage(model, index, module, original, weights, halves))
                 if finished:
                     resumed += 1
                     self._restore(module, own, weights)
                 else:
-                    self._do_block(index, module, own, weights, states, original)
+                    self._do_block(own, weights, *passages)
                 if index + 1 < blocks or self.head:
-                    advance(model, index, module, states)
-                    if original is not None:
-                        advance(model, index, module, original, self._in_computing_dtype(weights))
+                    for passage in passages:
+                        passage.advance(BEHIND)
             progress.advance()
         if self.head:
             self._do_head(self.head, states, original)
         return resumed
-
-    def _in_computing_dtype(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.model.dtype) for name, tensor in weights.items()}
 
     def _do_head(self, tensor: str, states: Activations, original: Activations | None) -> None:
         self.job.progress.note(tensor)
@@ -89,22 +92,21 @@ class SecondOrderRun:
 
     def _do_block(
         self,
-        index: int,
-        module: nn.Module,
         own: Mapping[str, LinearTensor],
         weights: Mapping[str, Tensor],
-        states: Activations,
-        original: Activations | None,
+        arriving: Passage,
+        original: Passage | None = None,
     ) -> None:
-        compared = None if original is None else (original, self._in_computing_dtype(weights))
         errors: dict[str, float | None] = {}
-        for group in self.model.architecture.linears:
-            names = [name for name in group if name in own]
-            if not names:
-                continue
-            self.job.progress.note(f"{self.model.block_path(index)} {', '.join(names)}")
-            statistics = statistics_of(self.model, index, module, names[0], states, compared)
-            errors.update(self._do_group(module, [own[name] for name in names], weights, statistics))
+        groups = [[name for name in group if name in own] for group in self.model.architecture.linears]
+        groups = [group for group in groups if group]
+        for names, following in zip(groups, [*(group[0] for group in groups[1:]), None], strict=True):
+            self.job.progress.note(f"{self.model.block_path(arriving.index)} {', '.join(names)}")
+            until = arriving.place_before(following)
+            statistics = _watched(arriving, original, names[0], until)
+            errors.update(self._do_group(arriving.module, [own[name] for name in names], weights, statistics))
+            if until == BETWEEN:
+                arriving.advance(BETWEEN)
         self.job.done(errors)
 
     def _do_group(
@@ -173,6 +175,20 @@ class SecondOrderRun:
             return None
         table = self._written(name)
         return table if tuple(table.shape) == tuple(_embedding_shape(self.model)) else None
+
+
+def _watched(arriving: Passage, original: Passage | None, name: str, until: int) -> InputStatistics:
+    """Statistics of the named layer's inputs, beside those in the unquantized model, whose states go on in the same pass."""
+    shape = arriving.module.get_submodule(name).get_parameter("weight").shape
+    columns = shape[0 if arriving.model.architecture.transposed else 1]
+    statistics = InputStatistics(columns, arriving.model.device, cross=original is not None)
+    compared: Iterator[dict[str, Tensor]] = repeat({})
+    if original is not None:
+        compared = original.inputs([name], on_to=until if until > original.at else None)
+    for given, beside in zip(arriving.inputs([name]), compared, strict=original is not None):
+        statistics.add(given[name], beside.get(name))
+    statistics.finish()
+    return statistics
 
 
 def _embedding_shape(model: StreamedModel) -> tuple[int, ...]:

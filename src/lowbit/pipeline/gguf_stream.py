@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -41,17 +41,15 @@ def advance(
     index: int,
     module: nn.Module,
     states: Activations,
-    weights: Mapping[str, Tensor] | None = None,
     visit: Visit | None = None,
     names: Sequence[str] = (),
 ) -> None:
-    """Take the states through a block, in place; with `weights`, through it with those instead of its own. `visit` is
-    told the inputs of the named modules on the way."""
+    """Take the states through a block, in place. `visit` is told the inputs of the named modules on the way."""
     with torch.no_grad():
         for where in states.batches():
             seen: dict[str, Tensor] = {}
             with _watched(module, names, seen, leave=False):
-                hidden = model.run_block(index, module, states.get(where, model.device), weights)
+                hidden = model.run_block(index, module, states.get(where, model.device))
             states.put(where, hidden)
             for name, inputs in seen.items():
                 if visit is not None:
@@ -64,23 +62,15 @@ def statistics_of(
     module: nn.Module,
     name: str,
     states: Activations,
-    original: tuple[Activations, Mapping[str, Tensor]] | None = None,
 ) -> InputStatistics:
-    """Gram matrix and the like of the inputs of one module of the block; the block is left when it is reached.
-
-    original: states and weights of the unquantized model, to compare with.
-    """
+    """Gram matrix and the like of the inputs of one module of the block; the block is left when it is reached."""
     statistics: InputStatistics | None = None
     with torch.no_grad():
         for where in states.batches():
-            inputs = _inputs(model, index, module, name, states.get(where, model.device), None)
-            compared = None
-            if original is not None:
-                hidden = original[0].get(where, model.device)
-                compared = _inputs(model, index, module, name, hidden, original[1])
+            inputs = _inputs(model, index, module, name, states.get(where, model.device))
             if statistics is None:
-                statistics = InputStatistics(inputs.shape[-1], model.device, cross=original is not None)
-            statistics.add(inputs, compared)
+                statistics = InputStatistics(inputs.shape[-1], model.device)
+            statistics.add(inputs)
     assert statistics is not None
     statistics.finish()
     return statistics
@@ -114,17 +104,10 @@ class _Seen(Exception):  # noqa: N818 - control flow, not an error
     """The watched layer has been reached."""
 
 
-def _inputs(
-    model: StreamedModel,
-    index: int,
-    module: nn.Module,
-    name: str,
-    hidden: Tensor,
-    weights: Mapping[str, Tensor] | None,
-) -> Tensor:
+def _inputs(model: StreamedModel, index: int, module: nn.Module, name: str, hidden: Tensor) -> Tensor:
     seen: dict[str, Tensor] = {}
     with _watched(module, [name], seen, leave=True), suppress(_Seen):
-        model.run_block(index, module, hidden, weights)
+        model.run_block(index, module, hidden)
     return seen[name]
 
 

@@ -44,6 +44,12 @@ class Passage:
     at: int = BEFORE
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
+    def place_before(self, layer: str | None) -> int:
+        """How far the states can go on before the named layer is reached; behind the block for None."""
+        if layer is None:
+            return BEHIND
+        return BEFORE if self.halves is None or layer.startswith(f"{self.halves.names[0]}.") else BETWEEN
+
     def advance(self, to: int) -> None:
         """Take the states on, in place; does nothing where they are already there."""
         if to <= self.at or (to == BETWEEN and self.halves is None):
