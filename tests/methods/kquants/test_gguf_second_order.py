@@ -137,3 +137,16 @@ def test_state_dequantizes_what_the_file_stores(type_name: str) -> None:
     if type_name != "MXFP4":  # which has two codes for zero
         assert torch.equal(state.codes(), codes)
         assert torch.equal(codec.pack(state.grid(), state.codes()), codec.pack(grid, codes))
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_sweep_says_by_how_much_the_error_changed(type_name: str) -> None:
+    weight, codec = weights(), CODECS[type_name]
+    inputs = torch.randn(1000, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    hessian = inputs.T @ inputs / 1000
+    grid, codes = codec.choose(weight, None)
+    state = RowsState(codec, grid, weight.T.contiguous(), codes)
+    before = state.error(hessian).sum()
+    change = state.sweep(hessian)
+    torch.testing.assert_close(state.error(hessian).sum() - before, change, rtol=2e-3, atol=1e-7)
+    assert change <= 0

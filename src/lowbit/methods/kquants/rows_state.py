@@ -100,13 +100,18 @@ class RowsState:
             return (self.levels - self.codec.levels[0]).to(torch.uint8).T.contiguous()
         return self.code_of_rank[nearest_level(self.levels, self.ascending).to(torch.int64)].T.contiguous()
 
-    def sweep(self, hessian: Tensor) -> None:
-        """Move every part once, in place: per block its float scales, then by sub-block the integer scales and codes."""
+    def sweep(self, hessian: Tensor) -> Tensor:
+        """Move every part once, in place: per block its float scales, then by sub-block the integer scales and codes.
+
+        Returns by how much the error of all rows together grew.
+        """
         residual = self.target - self.dequantize()
+        grown = torch.zeros((), device=residual.device)
         for block in range(self.d.shape[0]):
             span = slice(block * self.block, (block + 1) * self.block)
             own = hessian[span, span]
             gradient = hessian[span] @ residual
+            arrived = gradient.clone()
             before = self._dequantize_block(block)
             if not self.float_scale:
                 self._move_floats(block, span, own, gradient)
@@ -117,7 +122,10 @@ class RowsState:
                 delta = move(block, at // self.sub, own[here, here], gradient[here])
                 rest = slice(here.stop, None)
                 gradient[rest].addmm_(own[rest, here], delta, alpha=-1)
-            residual[span] += before - self._dequantize_block(block)
+            delta = self._dequantize_block(block) - before
+            grown += (delta * ((own @ delta).sub_(arrived, alpha=2))).sum()
+            residual[span] -= delta
+        return grown
 
     def _dequantize_block(self, block: int) -> Tensor:
         span = slice(block * self.block, (block + 1) * self.block)

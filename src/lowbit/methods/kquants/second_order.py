@@ -79,8 +79,7 @@ def _quantize_rows(
     state.set_levels(torch.where(error <= plain, state.levels, rounded.levels))
     before = torch.minimum(error, plain).sum()
     for _ in range(options.sweeps):
-        state.sweep(curvature.hessian)
-        after = state.error(curvature.hessian).sum()
+        after = before + state.sweep(curvature.hessian)
         if after >= before * (1 - options.tolerance):
             break
         before = after
