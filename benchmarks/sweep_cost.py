@@ -4,7 +4,7 @@
 
 Separate runs start each with an empty cache of results. Seconds are of whole processes, from start to end and of processor time
 (which other work on the machine changes least). What was timed is kept in DIR, so that the same command continues after an
-interruption; --steps N stops after N of them.
+interruption; --steps N stops after N of them. The sweep is one step, timed from start to end.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def main() -> None:
     file = asked.work / "seconds.json"
     known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
     methods = asked.methods.split(",")
-    steps = [f"separate {method}" for method in methods] + [f"sweep {method}" for method in methods]
+    steps = [f"separate {method}" for method in methods] + ["sweep all"]
     for step in [step for step in steps if step not in known][: asked.steps]:
         kind, method = step.split()
         started, used = time.monotonic(), _processor_seconds()
         if kind == "separate":
             _separate(asked, method)
         else:
-            _sweep(asked, methods, method)
+            _sweep(asked, methods)
         passed = {"seconds": time.monotonic() - started, "processor": _processor_seconds() - used}
         known[step] = {name: round(value, 1) for name, value in passed.items()}
         file.write_text(json.dumps(known, indent=1))
@@ -58,20 +58,13 @@ def main() -> None:
 
 
 def _print(known: dict[str, dict[str, float]], methods: list[str]) -> None:
-    rows = []
-    totals: dict[str, float] = {}
-    for method in methods:
-        row = {}
-        for kind, title in (("separate", "separate"), ("sweep", "in the sweep")):
-            for name, unit in (("seconds", "s"), ("processor", "processor s")):
-                heading = f"{title}, {unit}"
-                row[heading] = known[f"{kind} {method}"][name]
-                totals[heading] = round(totals.get(heading, 0.0) + row[heading], 1)
-        rows.append({"method": method, **row})
-    print_table([*rows, {"method": "all", **totals}])
-    for unit in ("s", "processor s"):
-        share = totals[f"in the sweep, {unit}"] / totals[f"separate, {unit}"]
-        print(f"\nthe sweep takes {share:.0%} of the separate runs ({unit})")
+    rows = [{"run": step.removesuffix(" all"), **seconds} for step, seconds in known.items()]
+    separate = {
+        unit: round(sum(known[f"separate {method}"][unit] for method in methods), 1) for unit in known["sweep all"]
+    }
+    print_table([*rows, {"run": "all that is separate", **separate}])
+    for unit, seconds in known["sweep all"].items():
+        print(f"\nthe sweep takes {seconds / separate[unit]:.0%} of the separate runs ({unit})")
 
 
 def _processor_seconds() -> float:
@@ -93,9 +86,8 @@ def _separate(asked: argparse.Namespace, method: str) -> None:
             "--windows", asked.windows, "--context", asked.seq_len, "--dtype", asked.dtype, "--quiet")  # fmt: skip
 
 
-def _sweep(asked: argparse.Namespace, methods: list[str], last: str) -> None:
-    """The sweep up to and with one method more; it continues where the step before it stopped."""
-    chosen = ",".join(methods[: methods.index(last) + 1])
+def _sweep(asked: argparse.Namespace, methods: list[str]) -> None:
+    chosen = ",".join(methods)
     _lowbit(_variables(asked.work / "cache-sweep"), "sweep", asked.model, "--methods", chosen, "-o", asked.work / "sweep",
             "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows,
             "--no-speed", "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data,
