@@ -88,6 +88,8 @@ def _separate(asked: argparse.Namespace, method: str) -> None:
 
 def _sweep(asked: argparse.Namespace, methods: list[str]) -> None:
     chosen = ",".join(methods)
+    for begun in ("sweep", "cache-sweep"):
+        shutil.rmtree(asked.work / begun, ignore_errors=True)
     _lowbit(_variables(asked.work / "cache-sweep"), "sweep", asked.model, "--methods", chosen, "-o", asked.work / "sweep",
             "--num-samples", asked.num_samples, "--seq-len", asked.seq_len, "--windows", asked.windows,
             "--no-speed", "--context", asked.seq_len, "--tasks", asked.tasks, "--data", asked.data,
