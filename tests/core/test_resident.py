@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy
+import pytest
 
 PROGRAM = "import sys; from lowbit.core.resident import peak_resident; {}; print(peak_resident())"
 
@@ -14,6 +15,17 @@ def peak(work: str) -> float:
     """MiB that a process says it held."""
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(work)], capture_output=True, text=True, check=True)
     return int(done.stdout) / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_what_was_freed_is_given_back() -> None:
+    """Pieces too small for mmap, freed but for every hundredth: the pages in between go back."""
+    held = PROGRAM.replace("print(peak_resident())", "{}")
+    read = "int(open('/proc/self/statm').read().split()[1]) * 4096"
+    work = f"x = [bytes(100000) for _ in range(2000)]; x = x[::100]; a = {read}"
+    program = held.format(work, f"from lowbit.core.resident import give_back; give_back(); print(a - {read})")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100 * 2**20
 
 
 def test_a_child_is_not_told_its_parents_size() -> None:

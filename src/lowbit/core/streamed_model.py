@@ -19,6 +19,7 @@ from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CheckpointError
 from lowbit.core.experts import take_experts_apart
+from lowbit.core.resident import give_back
 from lowbit.core.skeleton import build_skeleton
 
 
@@ -75,11 +76,13 @@ class StreamedModel:
         module.load_state_dict(
             {name: tensor.to(self.dtype) for name, tensor in state.items()}, strict=False, assign=True
         )
+        del state
         module.requires_grad_(False)
         try:
             yield module
         finally:
             _empty(module)
+            give_back()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
