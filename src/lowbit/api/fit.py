@@ -39,7 +39,7 @@ _TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # for rows that are no multiple of 256
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # rows of a matrix that are priced: the others are taken to be like them
-PRICED_ROWS = 512
+_PRICED_ROWS = 512
 # windows of the pass back: gradients are averaged over all of their tokens
 GRADIENT_WINDOWS = 8
 _BASE = "q4_k_m"
@@ -171,7 +171,7 @@ class _Prices:
 def priced_rows(weight: Tensor) -> Tensor:
     """Indices of the rows that stand for all rows of a matrix; every one of them counts for `len(weight) / len(rows)`."""
     shuffled = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
-    return shuffled[:PRICED_ROWS].to(weight.device)
+    return shuffled[:_PRICED_ROWS].to(weight.device)
 
 
 def _typical(often: Tensor, rows: Tensor) -> Tensor:
