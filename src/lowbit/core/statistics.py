@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,12 +13,18 @@ from lowbit.core.distributed import ALONE, World
 
 # tokens converted to float32 at a time on a CPU: a 7B's down projection takes 43 KiB for each
 _WIDENED = 1024
+# columns of a block of the Gram matrix, at least: narrower products do not fill the machine
+_NARROWEST = 256
+
+Block = tuple[slice, slice]  # rows and columns of a matrix
+EVERYTHING: tuple[Block, ...] = ((slice(None), slice(None)),)
 
 
 class InputStatistics:
     """Sums over calibration tokens x [in] of the inputs of one or more linear layers that share them.
 
-    gram: [in, in] float32, sum of x x^T, after `finish` the mean; what the GPTQ paper calls the Hessian, but for a factor 2.
+    gram: [in, in] float32, sum of x x^T (blocks below the diagonal come last), after `finish` the mean; what the GPTQ paper
+    calls the Hessian, but for a factor 2.
     cross: [in, in] float32, of (x_original - x) x^T likewise, when the inputs of the original model are collected too.
     largest: [in] float32, largest absolute input of each channel. absolute: [in] float32, sum of absolute inputs; both stay
     zero without `sizes`.
@@ -58,7 +65,7 @@ class InputStatistics:
             self.largest = torch.maximum(self.largest, magnitude.amax(0).float())
             self.absolute += magnitude.sum(0, dtype=torch.float32)
         if self.gram is not None:
-            accumulate_product_(self.gram, x, x)
+            accumulate_product_(self.gram, x, x, blocks_above_diagonal(self.features))
         if self.cross is not None and original is not None:
             accumulate_product_(self.cross, original.reshape(-1, self.features).to(x.dtype) - x, x)
 
@@ -66,6 +73,8 @@ class InputStatistics:
         """Join the sums of all processes, and turn the matrices into means over tokens, in place: at a 7B's down
         projection each is half a GiB."""
         self.tokens = world.total(self.tokens)
+        if self.gram is not None:
+            _mirror_(self.gram)
         world.max_(self.largest)
         world.sum_(self.absolute)
         for matrix in (self.gram, self.cross):
@@ -81,23 +90,40 @@ class InputStatistics:
         return cross
 
 
-def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] float32 += left^T right, for left [tokens, m] and right [tokens, n], summed in float32.
+def accumulate_product_(total: Tensor, left: Tensor, right: Tensor, blocks: Sequence[Block] = EVERYTHING) -> None:
+    """total [m, n] float32 += left^T right, for left [tokens, m] and right [tokens, n], summed in float32; in these blocks of
+    `total` only.
 
     16-bit inputs are multiplied as they are: the products are exact in float32, and converting first would cost several
     times the time on matrix units.
     """
-    if left.dtype == torch.float32:
-        total.addmm_(left.T, right)
-    elif left.is_cuda:
-        total += torch.mm(left.T, right, out_dtype=torch.float32)
-    elif left.dtype == torch.bfloat16:
-        with _bfloat16_products():
-            for part, other in zip(torch.split(left, _WIDENED), torch.split(right, _WIDENED), strict=True):
-                wide = other.float()
-                total.addmm_((wide if left is right else part.float()).T, wide)
-    else:
-        total.addmm_(left.float().T, right.float())
+    if left.is_cuda and left.dtype != torch.float32:
+        for rows, columns in blocks:
+            block = total[rows, columns]
+            torch.addmm(block, left[:, rows].T, right[:, columns], out_dtype=torch.float32, out=block)
+        return
+    at_once = len(left) if left.is_cuda else _WIDENED
+    with _bfloat16_products() if left.dtype == torch.bfloat16 else nullcontext():
+        for part, other in zip(torch.split(left, at_once), torch.split(right, at_once), strict=True):
+            wide = other.float()
+            own = wide if left is right else part.float()
+            for rows, columns in blocks:
+                total[rows, columns].addmm_(own[:, rows].T, wide[:, columns])
+
+
+def blocks_above_diagonal(features: int) -> list[Block]:
+    """Blocks of a symmetric matrix that hold its diagonal and all above it: four rows of them save three eighths of the
+    operations. Narrow matrices are left whole."""
+    count = min(4, max(1, features // _NARROWEST))
+    edges = [features * i // count for i in range(count + 1)]
+    return [(slice(start, stop), slice(start, features)) for start, stop in itertools.pairwise(edges)]
+
+
+def _mirror_(total: Tensor) -> None:
+    """Fill in the blocks below the diagonal."""
+    for own, rest in blocks_above_diagonal(len(total)):
+        below = slice(own.stop, rest.stop)
+        total[below, own] = total[own, below].T
 
 
 @contextmanager

@@ -19,17 +19,16 @@ import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Method, Needs, Quantized
-from lowbit.core.errors import CalibrationError
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.scheme import WeightScheme
-from lowbit.core.statistics import InputStatistics
+from lowbit.core.statistics import InputStatistics, tensor_float32_products
 from lowbit.methods.columns import compensate
 from lowbit.methods.compiling import available
+from lowbit.methods.hessian import Factor, factor
 from lowbit.methods.refine import descend_codes, fit_scales
 from lowbit.methods.rtn import make_qtensor
 
 ActOrder = Literal["static", "desc", "none"]
-_DAMP_RETRIES = 4
 # columns in a group that the GPU's grid search takes; a row with one scale is left to PyTorch
 LONGEST_GROUP = 1024
 # rows are rounded this many weights at a time on a CPU
@@ -67,55 +66,48 @@ def quantize(
     assert hessian is not None
     idle = hessian.diagonal() <= 0  # channels that calibration never saw: give them the mean, so they round to nearest
     hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
-    damp, target = _target(weight, hessian, statistics, options)
-    damp, inverse_factor, order = _factor(hessian, options, damp)
+    damp = options.percdamp * hessian.diagonal().mean().item()
+    toward = _Toward(weight, statistics) if options.asymmetric else None
+    factored = factor(hessian, _order(hessian, options), damp)
+    target = weight if toward is None else toward.original(factored, options.asymmetric)
 
     moved = scheme.reordered
-    groups = _groups_of(order, scheme) if moved else group_of_columns(weight.shape[1], scheme, weight.device)
-    by_group = torch.argsort(groups, stable=True)
-    # what a unit of error in a column costs once the columns after it have made up for it
-    cost = torch.empty_like(hessian.diagonal())
-    cost[order] = inverse_factor.diagonal().square().reciprocal()
+    groups = _groups_of(factored.order, scheme) if moved else group_of_columns(weight.shape[1], scheme, weight.device)
     # rows are independent from here on: a part of them at a time bounds the temporaries
     rows = len(weight) if weight.is_cuda else max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    hessian.diagonal().add_(factored.damp)
     parts = [
-        _round_rows(
-            part, original, hessian, inverse_factor, order, groups, by_group, cost, damp, scheme, options, scale_dtype
-        )
+        _round_rows(part, original, hessian, factored, groups, scheme, options, scale_dtype)
         for part, original in zip(torch.split(target, rows), torch.split(weight, rows), strict=True)
     ]
+    hessian.diagonal().sub_(factored.damp)
     codes = torch.cat([part for part, _ in parts])
     grid = Grid(torch.cat([part.scale for _, part in parts]), torch.cat([part.zero for _, part in parts]))
     tensor = make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None)
-    return Quantized(tensor, _notes(damp, hessian, options))
+    return Quantized(tensor, _notes(factored.damp, hessian, options))
 
 
 def _round_rows(
     target: Tensor,
     weight: Tensor,
     hessian: Tensor,
-    inverse_factor: Tensor,
-    order: Tensor,
+    factored: Factor,
     groups: Tensor,
-    by_group: Tensor,
-    cost: Tensor,
-    damp: float,
     scheme: WeightScheme,
     options: GptqOptions,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Grid]:
-    """Codes [rows, in] uint8 and grid of some rows."""
+    """Codes [rows, in] uint8 and grid of some rows; the Hessian is damped."""
+    order, by_group = factored.order, torch.argsort(groups, stable=True)
     if options.search:
-        grid = _searched(target[:, by_group], scheme, scale_dtype, cost[by_group])
+        grid = _searched(target[:, by_group], scheme, scale_dtype, factored.cost()[by_group])
     else:
         grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
     codes = torch.empty_like(target)
-    codes[:, order] = round_columns(target[:, order], inverse_factor, grid, groups[order], scheme.max_code)
-    hessian.diagonal().add_(damp)
+    codes[:, order] = round_columns(target[:, order], factored.upper, grid, groups[order], scheme.max_code)
     for _ in range(options.refine):
         grid = Grid(fit_scales(target, codes, grid, groups, hessian, scale_dtype), grid.zero)
         codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
-    hessian.diagonal().sub_(damp)
     return codes.to(torch.uint8), grid
 
 
@@ -155,40 +147,11 @@ def round_columns(
     return codes
 
 
-def _factor(hessian: Tensor, options: GptqOptions, damp: float) -> tuple[float, Tensor, Tensor]:
-    """(damping, upper Cholesky factor of the inverse of the damped and ordered Hessian, order of columns)."""
+def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
     diagonal = hessian.diagonal()
-    order = torch.arange(len(diagonal), device=hessian.device)
-    if options.act_order != "none":
-        order = torch.argsort(diagonal, descending=True, stable=True)
-    for retry in range(_DAMP_RETRIES):
-        raised = damp * 10**retry
-        # one matrix is overwritten throughout: at a 7B's down projection each copy is half a GiB
-        matrix = hessian[order[:, None], order]
-        if not _cholesky_(matrix, raised):
-            continue
-        torch.cholesky_inverse(matrix.mT, upper=True, out=matrix.mT)
-        if _cholesky_(matrix, 0.0, upper=True) and torch.isfinite(matrix.diagonal()).all():
-            return raised, matrix, order
-    raise _hopeless()
-
-
-def _cholesky_(matrix: Tensor, damp: float, *, upper: bool = False) -> bool:
-    """Overwrite a symmetric matrix with the Cholesky factor of matrix + damp I; False when it is not positive definite.
-
-    Seen from its transpose the matrix is in LAPACK's own order, so that no copy is made of it.
-    """
-    matrix.diagonal().add_(damp)
-    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix.mT, upper=not upper, out=(matrix.mT, failed))
-    return not failed.item()
-
-
-def _hopeless() -> CalibrationError:
-    return CalibrationError(
-        "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
-        hint="calibrate on other or more text (--dataset, --num-samples), or use --method rtn",
-    )
+    if options.act_order == "none":
+        return torch.arange(len(diagonal), device=hessian.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def _notes(damp: float, hessian: Tensor, options: GptqOptions) -> tuple[str, ...]:
@@ -207,27 +170,26 @@ def _groups_of(order: Tensor, scheme: WeightScheme) -> Tensor:
     return groups
 
 
-def _target(weight: Tensor, hessian: Tensor, statistics: InputStatistics, options: GptqOptions) -> tuple[float, Tensor]:
-    """The damping, and the weights W* that best turn arriving inputs X into the original outputs W X0:
-    W* = W + W (X0 - X) X^T (H + d)^-1."""
-    damp = options.percdamp * hessian.diagonal().mean().item()
-    cross = statistics.take_cross() if options.asymmetric else None
-    if cross is None:
-        return damp, weight
-    # the same product in the order that costs less: with few rows the cross matrix is best used up first
-    wide = weight.shape[0] < weight.shape[1]
-    right = weight @ cross if wide else cross
-    del cross
-    for retry in range(_DAMP_RETRIES):
-        factor = hessian.clone()
-        if _cholesky_(factor, damp * 10**retry):
-            # two triangular solves in place: X L L^T = (X0 - X) X^T
-            torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
-            torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
-            del factor
-            correction = right if wide else weight @ right
-            return damp * 10**retry, correction.mul_(options.asymmetric).add_(weight)
-    raise _hopeless()
+class _Toward:
+    """The weights W* that best turn arriving inputs X into the original outputs W X0: W* = W + W (X0 - X) X^T (H + d)^-1."""
+
+    def __init__(self, weight: Tensor, statistics: InputStatistics) -> None:
+        """Takes the cross matrix away from the statistics."""
+        self.weight = weight
+        cross = statistics.take_cross()
+        # the product in the order that costs less: with few rows the cross matrix is used up before the Hessian is factored
+        self.few = len(weight) < weight.shape[1]
+        self.left = weight @ cross if cross is not None and self.few else cross
+
+    def original(self, factored: Factor, share: float) -> Tensor:
+        """W* with a share of the correction [out, in]."""
+        if self.left is None:
+            return self.weight
+        correction = factored.times_inverse(self.left)
+        if not self.few:
+            with tensor_float32_products(self.weight.device):
+                correction = self.weight @ correction
+        return correction.mul_(share).add_(self.weight)
 
 
 METHOD = Method(

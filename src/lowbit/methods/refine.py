@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.primitives import Grid, stored_scale
+from lowbit.core.statistics import tensor_float32_products
 from lowbit.methods.columns import descend
 
 # blocks of columns whose gradients are computed together
@@ -53,7 +54,8 @@ def _scale_system(offsets: Tensor, hessian: Tensor, count: int) -> Tensor:
     system = torch.empty(len(offsets), count, count, device=offsets.device)
     for group in range(count):
         start = group * size
-        products = offsets[:, start : start + size] @ hessian[start : start + size, start:]
+        with tensor_float32_products(offsets.device):  # offsets are small whole numbers: exact as they are
+            products = offsets[:, start : start + size] @ hessian[start : start + size, start:]
         system[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
         system[:, group:, group] = system[:, group, group:]
     return system

@@ -29,8 +29,8 @@ def assert_same_as_loops(kernels: ModuleType, kind: str, device: str, rows: int 
 
     # the loop's own PyTorch code runs on the CPU; the kernel gets the same numbers on its device
     loop = RowsState(codec, grid, target, codes)
-    scale, minimum = (part[:96] for part in loop.column_grid(curvature.order))
-    rotated, factor = target[curvature.order][:96], curvature.factor[:96, :96]
+    scale, minimum = (part[:96] for part in loop.column_grid(curvature.factored.order))
+    rotated, factor = target[curvature.factored.order][:96], curvature.factored.upper[:96, :96]
     loop.kernels = None
     levels, errors = _round_stretch(loop, rotated.clone(), scale, minimum, factor)
     given = [tensor.to(device) for tensor in (rotated, factor, scale, minimum)]

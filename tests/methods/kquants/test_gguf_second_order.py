@@ -71,7 +71,7 @@ def test_the_column_loop_is_the_papers(type_name: str, gram: Tensor) -> None:
     sub = COLUMNS // scale.shape[1]
     w, inverse = weight.double(), torch.linalg.inv(curvature.hessian.double())
     q = torch.zeros_like(w)
-    for j in curvature.order.tolist():
+    for j in curvature.factored.order.tolist():
         s, m = scale[:, j // sub], minimum[:, j // sub]
         level = ((w[:, j] + m) / s).round().clamp(codec.levels[0], codec.levels[-1])
         q[:, j] = torch.where(s == 0, -m, s * level - m)
@@ -108,7 +108,7 @@ def test_channels_without_input_are_rounded_to_nearest() -> None:
 def test_cost_is_what_an_error_in_a_column_costs(gram: Tensor) -> None:
     curvature = factor_gram(gram)
     # the last column in order has none after it that could make up; the first has all
-    last, first = int(curvature.order[-1]), int(curvature.order[0])
+    last, first = int(curvature.factored.order[-1]), int(curvature.factored.order[0])
     assert curvature.cost[last] == pytest.approx(curvature.hessian[last, last].item(), rel=1)
     inverse = torch.linalg.inv(curvature.hessian.double())
     assert curvature.cost[first].item() == pytest.approx((1 / inverse[first, first]).item(), rel=1e-2)

@@ -95,7 +95,7 @@ def _ggmls_own(codec: Codec, weights: Tensor, importance: Tensor) -> tuple[Grid,
 
 def _round_columns(state: RowsState, target: Tensor, curvature: Curvature) -> Tensor:
     """GPTQ's loop over `target` [in, out] onto the state's grid; levels float32 [in, out]."""
-    order, factor = curvature.order, curvature.factor
+    order, factor = curvature.factored.order, curvature.factored.upper
     weight = target[order]
     scale, minimum = state.column_grid(order)
     levels = torch.empty_like(weight)

@@ -1,0 +1,61 @@
+"""One factorization against the textbook's: invert in float64, then factor the inverse."""
+
+import pytest
+import torch
+
+from lowbit.core.errors import CalibrationError
+from lowbit.methods.hessian import factor, invert_lower_, turn_
+
+
+def positive(columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(columns * 2, columns, generator=generator) * (torch.rand(columns, generator=generator) + 0.1)
+    return inputs.T @ inputs / len(inputs)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 1300])  # 1300: the inverse is made of parts
+def test_upper_is_the_cholesky_factor_of_the_inverse_in_the_order_of_rounding(columns: int) -> None:
+    hessian = positive(columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+    found = factor(hessian, order, 0.02)
+    inverse = torch.linalg.inv(hessian.double() + 0.02 * torch.eye(columns))
+    expected = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+    torch.testing.assert_close(found.upper.double(), expected, rtol=1e-3, atol=1e-4)
+    assert found.upper.tril(-1).eq(0).all()
+    torch.testing.assert_close(found.cost()[order].double(), expected.diagonal() ** -2, rtol=1e-3, atol=1e-6)
+    left = torch.randn(5, columns, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        found.times_inverse(left), (left.double() @ inverse).float(), rtol=1e-3, atol=1e-3 * inverse.abs().max().item()
+    )
+    assert found.order.equal(order)
+    assert found.damp == 0.02
+
+
+def test_damping_grows_until_it_is_enough() -> None:
+    hessian = positive(16)
+    hessian[0, 1] = hessian[1, 0] = 1.3 * hessian.diagonal()[:2].max()
+    found = factor(hessian, torch.arange(16), 0.01)
+    assert found.damp in (0.1, 1.0, 10.0)
+    expected = torch.linalg.cholesky(torch.linalg.inv(hessian + found.damp * torch.eye(16)), upper=True)
+    torch.testing.assert_close(found.upper, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1e6])
+def test_what_cannot_be_factored_is_refused(fill: float) -> None:
+    with pytest.raises(CalibrationError, match="could not be factored"):
+        factor(torch.full((8, 8), fill), torch.arange(8), 0.01)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 127, 128, 129, 300])
+def test_turned_is_flipped(columns: int) -> None:
+    matrix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0))
+    expected = matrix.flip(0, 1)
+    turn_(matrix)
+    assert matrix.equal(expected)
+
+
+def test_triangular_inverse_of_parts() -> None:
+    lower = torch.linalg.cholesky(positive(1100).double() + 0.1 * torch.eye(1100))
+    inverse = lower.clone()
+    invert_lower_(inverse)
+    torch.testing.assert_close(inverse @ lower, torch.eye(1100, dtype=torch.float64), rtol=0, atol=1e-9)
