@@ -67,6 +67,9 @@ def describe(directory: Path) -> str:
         return f"compressed-tensors {kind} {size} {'sym' if weights['symmetric'] else 'asym'}"
     if method == "bitsandbytes":
         return f"bitsandbytes {quantization.get('bnb_4bit_quant_type') or 'int8'}"
+    if method == "hqq":
+        grid = quantization["quant_config"]["weight_quant_params"]
+        return f"hqq {grid['nbits']}-bit g{grid['group_size']} asym" + (" across rows" if grid["axis"] == 0 else "")
     bits, size = quantization.get("bits", "?"), quantization.get("group_size", "?")
     order = " desc_act" if quantization.get("desc_act") else ""
     return f"{method} {bits}-bit g{size} {'sym' if quantization.get('sym') else 'asym'}{order}"
@@ -100,7 +103,7 @@ def stored_bits(directory: Path, base: Path) -> tuple[float | None, float]:
     dense checkpoint, which has the layers' shapes.
     """
     stored, dense = _headers(directory), _headers(base)
-    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight.absmax")
+    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight.absmax", ".W_q")
     layers = {name.removesuffix(mark) for name in stored for mark in marks if name.endswith(mark)}
     # bitsandbytes keeps what belongs to a weight under the weight's own name
     parts = {name: name.replace(".weight.", ".weight_").rpartition(".") for name in stored}

