@@ -74,6 +74,58 @@ def test_other_weights_take_the_same_way(tiny_llama: Path) -> None:
     assert torch.equal(steps.states.states, whole.states.states)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "closing"),
+    [
+        ("llama", ("self_attn.o_proj", "mlp.down_proj")),
+        ("gpt2", ("attn.c_proj", "mlp.c_proj")),
+        ("gemma2", (None, None)),  # norms come after its halves
+        ("mixtral", ("self_attn.o_proj", None)),  # many experts end the second half
+    ],
+)
+def test_kept_inputs_take_the_states_on(
+    make_model: Callable[..., Path], model_type: str, closing: tuple[str | None, str | None]
+) -> None:
+    model = StreamedModel(open_checkpoint(make_model(model_type)), CPU, torch.float32)
+    states = arrive(model)
+    with torch.no_grad(), model.block(0) as module:
+        halves = HalvesFinder().find(model, 0, module, states)
+        assert halves is not None
+        assert halves.closing == closing
+        runs: list[int] = []
+        module.register_forward_hook(lambda *_: runs.append(1))
+        whole, steps = (Passage(model, 0, module, copy_of(states), halves=halves) for _ in range(2))
+        for to, layer in zip((BETWEEN, BEHIND), closing, strict=True):
+            if layer is None:
+                steps.advance(to)
+                whole.advance(to)
+                continue
+            for _ in steps.inputs([layer]):
+                pass
+            linear = module.get_submodule(layer)
+            with torch.no_grad():
+                linear.weight.mul_(0.5)  # what quantization does to it meanwhile
+            runs.clear()
+            steps.advance(to)
+            assert (len(runs) == 0) == (layer == closing[0])  # a second half's inputs are wider: there is room for some
+            whole.advance(to)
+            assert torch.equal(steps.states.states, whole.states.states)
+
+
+def test_inputs_of_other_weights_are_not_kept(tiny_llama: Path) -> None:
+    model = StreamedModel(open_checkpoint(tiny_llama), CPU, torch.float32)
+    states = arrive(model)
+    with torch.no_grad(), model.block(0) as module:
+        halves = HalvesFinder().find(model, 0, module, states)
+        whole, steps = (Passage(model, 0, module, copy_of(states), halves=halves) for _ in range(2))
+        other = {name: tensor * 1.25 for name, tensor in model.read_block(0).items()}
+        for _ in steps.inputs(["self_attn.o_proj"], weights=other):
+            pass
+        steps.advance(BETWEEN)
+        whole.advance(BETWEEN)
+    assert torch.equal(steps.states.states, whole.states.states)
+
+
 def test_a_block_that_adds_both_parts_at_once_has_no_halves(make_model: Callable[..., Path]) -> None:
     folder = make_model("phi")
     model = StreamedModel(open_checkpoint(folder), CPU, torch.float32)

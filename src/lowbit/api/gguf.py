@@ -23,7 +23,7 @@ from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import OutputError, RecipeError
-from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device
+from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
@@ -80,6 +80,7 @@ class _GgufRun:
 
     def run(self) -> Result:
         started = time.monotonic()
+        reset_peak_memory(self.device)
         work = self._work_directory()
         if self.from_gguf:
             source = opened(Path(self.name), allow_requantize=self.options.allow_requantize)
@@ -255,7 +256,7 @@ class _GgufRun:
 
         on_cpu = self.device.type == "cpu"
         free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
-        return Streams(4096 if on_cpu else 32768, self.settings.max_memory or free // 3, work)
+        return Streams(4096 if on_cpu else 16384, self.settings.max_memory or free // 3, work)
 
     def _verify(self, file: Path, job: GgufJob) -> Measurement:
         """Measure the finished file against its base on text that calibration did not see."""

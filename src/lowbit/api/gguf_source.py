@@ -27,6 +27,12 @@ def converted(checkpoint: Checkpoint, work: Path, progress: Progress) -> GgufSou
         partial = work / "source.partial.gguf"
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
         _run_converter(checkpoint.location, partial, _OUT_TYPES.get(stored, "auto"))
+        if not GgufSource(partial).tensors:
+            partial.unlink()
+            raise CheckpointError(
+                f"llama.cpp's converter found no weights in {checkpoint.location}: it reads model*.safetensors only",
+                hint="rename the files (and their names in model.safetensors.index.json)",
+            )
         partial.replace(target)
         progress.advance()
     return GgufSource(target)

@@ -212,7 +212,7 @@ class _Run:
         free = (
             psutil.virtual_memory().available if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
         )
-        tokens = 32768 if self.device.type == "cuda" else 4096
+        tokens = 16384 if self.device.type == "cuda" else 4096
         return Streams(tokens, self.settings.max_memory or free // 3, work)
 
     def _write_companions(self, work: Path) -> None:

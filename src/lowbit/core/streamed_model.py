@@ -19,6 +19,7 @@ from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CheckpointError
 from lowbit.core.experts import take_experts_apart
+from lowbit.core.norms import fuse_norms
 from lowbit.core.resident import give_back
 from lowbit.core.skeleton import build_skeleton
 
@@ -37,6 +38,8 @@ class StreamedModel:
         for buffer_owner in self.skeleton.modules():
             for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
                 buffer_owner.register_buffer(name, buffer.to(device), persistent=False)
+        if device.type == "cuda":  # on a CPU the fused kernel is no faster
+            fuse_norms(self.skeleton)
         model_type = str(checkpoint.config.get("model_type", ""))
         self.known = known_architecture(model_type) is not None
         self.architecture = known_architecture(model_type) or _guess_architecture(model_type, self.skeleton)

@@ -32,7 +32,8 @@ def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, seq
     groups = _input_groups(plan, model)
     stored = 2 * block if plan.dtype == model.dtype else 2 * block + block * model.dtype.itemsize
     working = max((_working_bytes(group, streams) for group in groups), default=0)
-    states = streams * count * hidden * model.dtype.itemsize
+    # step by step, inputs of the layer in hand are kept as well, up to the size of the states (passage.py)
+    states = (streams + sequential) * count * hidden * model.dtype.itemsize
     passes = (2.5 if sequential else 2.0) * streams
     exact = sum(_method_operations(group) for group in groups)
     fast = passes * 2 * block * count + sum(streams * 2 * group[0].shape[1] ** 2 * count for group in groups if count)

@@ -1,15 +1,17 @@
 """One stream of calibration states on its way through one block: before it, between its halves, or behind it.
 
 Most decoders add attention to the residual stream and then a feed-forward part: h + A(h), then h + B(h). Once the layers of
-A are quantized, the states can move on to where B begins, and no later pass computes A again. That a block is so built is
-not taken from a table but tried: with B giving zeros and then A giving zeros it must compute, bit for bit, what it does.
+A are quantized, the states can move on to where B begins, and no later pass computes A again. A half ends with one linear
+layer as a rule: when that layer's inputs have just been watched they are kept, as far as there is room, and moving on is
+h + layer(inputs). That a block is so built is not taken from a table but tried: with B giving zeros and then A giving zeros
+it must compute, bit for bit, what it does, and so must the sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +26,12 @@ BEFORE, BETWEEN, BEHIND = 0, 1, 2
 
 @dataclass(frozen=True)
 class Halves:
-    """Names of a block's two submodules, in order, and whether each returns a tuple that begins with the states."""
+    """Names of a block's two submodules, in order, and whether each returns a tuple that begins with the states.
+    closing: the linear layer of each whose output is what the half adds to the states, where there is one."""
 
     names: tuple[str, str]
     tuples: tuple[int, int]
+    closing: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Passage:
     weights: Mapping[str, Tensor] | None = None
     halves: Halves | None = None
     at: int = BEFORE
-    _seen: dict[str, Tensor] = field(default_factory=dict)
+    _kept: dict[int, Tensor] = field(default_factory=dict)
 
     def place_before(self, layer: str | None) -> int:
         """How far the states can go on before the named layer is reached; behind the block for None."""
@@ -56,14 +60,17 @@ class Passage:
             return
         weights = self._weights(to, self.weights)
         for where in self.states.batches():
-            self.states.put(where, self._run(where, to, weights))
+            kept = self._kept.pop(where.start, None)
+            self.states.put(where, self._run(where, to, weights) if kept is None else self._close(where, kept))
         self.at = to
 
     def inputs(
         self, names: Sequence[str], *, on_to: int | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """The inputs of the named layers, batch by batch; of the block with `weights`, if given. A batch is left as soon as
-        the last of them is reached, or taken on in the same pass."""
+        the last of them is reached, or taken on in the same pass. Those of the layer that a half ends with are kept until
+        the states move on: nothing before that layer may change in between."""
+        keeps = on_to is None and weights is None and self.weights is None and list(names) == [self._closing()]
         to = BEHIND if on_to is None else on_to
         weights = self._weights(to, self.weights if weights is None else weights)
         for where in self.states.batches():
@@ -73,9 +80,26 @@ class Passage:
                 after = self._run(where, to, weights)
                 if on_to is not None:
                     self.states.put(where, after)
+            if keeps:
+                self._keep(where, seen[names[0]])
             yield seen
         if on_to is not None:
             self.at = on_to
+
+    def _closing(self) -> str | None:
+        """The layer that ends the half in front of which the states stand."""
+        return None if self.halves is None or self.at == BEHIND else self.halves.closing[self.at]
+
+    def _keep(self, where: slice, inputs: Tensor) -> None:
+        """Keep a layer's inputs of one batch, as long as all that are kept take no more room than the states."""
+        room = 0 if self.states.spilled else self.states.states.nbytes
+        if sum(kept.nbytes for kept in self._kept.values()) + inputs.nbytes <= room:
+            self._kept[where.start] = inputs
+
+    def _close(self, where: slice, inputs: Tensor) -> Tensor:
+        layer = self.module.get_submodule(str(self._closing()))
+        output: Tensor = layer(inputs)
+        return self.states.get(where, self.model.device) + output
 
     def _run(self, where: slice, to: int, weights: Mapping[str, Tensor] | None) -> Tensor:
         hidden = self.states.get(where, self.model.device)
@@ -122,21 +146,9 @@ def _try(model: StreamedModel, index: int, module: nn.Module, states: Activation
     names = _containers(model.architecture)
     if len(names) != 2:
         return None
-    outputs: dict[str, Any] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs[name] = output
-
-        return hook
-
+    closing = [_last_linear(model.architecture, module, name) for name in names]
     hidden = states.get(next(states.batches()), model.device)
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        whole = model.run_block(index, module, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    whole, outputs = _run_noting(model, index, module, hidden, [*names, *(name for name in closing if name)])
     tuples = [_length(outputs.get(name), hidden) for name in names]
     if tuples[0] is None or tuples[1] is None:
         return None
@@ -148,7 +160,44 @@ def _try(model: StreamedModel, index: int, module: nn.Module, states: Activation
             behind = model.run_block(index, module, between)
     except (TypeError, AttributeError):  # the block wants more of its parts than states
         return None
-    return halves if torch.equal(whole, behind) else None
+    if not torch.equal(whole, behind):
+        return None
+    first, second = (
+        name if name and _is_sum(before, outputs.get(name), after) else None
+        for name, before, after in zip(closing, (hidden, between), (between, behind), strict=True)
+    )
+    return replace(halves, closing=(first, second))
+
+
+def _run_noting(
+    model: StreamedModel, index: int, module: nn.Module, hidden: Tensor, names: Sequence[str]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The block's output, and those of its named parts."""
+    outputs: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            outputs[name] = output
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        return model.run_block(index, module, hidden), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last_linear(architecture: Architecture, module: nn.Module, container: str) -> str | None:
+    """The layer that runs last in a part of the block; None where several share the last input."""
+    present = {name for name, _ in module.named_modules()}
+    groups = [group for group in architecture.linears if group[0] in present and group[0].startswith(f"{container}.")]
+    return groups[-1][0] if groups and len(groups[-1]) == 1 else None
+
+
+def _is_sum(before: Tensor, output: Any, after: Tensor) -> bool:
+    return isinstance(output, Tensor) and output.shape == before.shape and torch.equal(before + output, after)
 
 
 def _containers(architecture: Architecture) -> list[str]:
@@ -173,11 +222,20 @@ def _without(module: nn.Module, halves: Halves, which: int) -> Iterator[None]:
     """One of the halves adds nothing."""
     name = halves.names[which]
     taken = module.get_submodule(name)
-    setattr(module, name, _Nothing(taken, halves.tuples[which]))
+    stand_in = _Nothing(taken, halves.tuples[which])
+    # a child that is registered under the checkpoint's name is called by another (core/experts.py)
+    aliases = [alias for alias, value in vars(module).items() if value is taken]
+    _put_in_place(module, name, aliases, stand_in)
     try:
         yield
     finally:
-        setattr(module, name, taken)
+        _put_in_place(module, name, aliases, taken)
+
+
+def _put_in_place(module: nn.Module, name: str, aliases: Sequence[str], child: nn.Module) -> None:
+    setattr(module, name, child)
+    for alias in aliases:
+        object.__setattr__(module, alias, child)
 
 
 class _Nothing(nn.Module):
