@@ -1,6 +1,6 @@
 """HQQ (half-quadratic quantization): zero points fitted to the weights alone, so the calibration windows go unused.
 
-Its zero points are floats, which no other format here holds. So besides HQQ's own storage, which is what gets counted, the
+Its zero points are floats, where GPTQ's format has integers. So besides HQQ's own storage, which is what gets counted, the
 weights that HQQ's own dequantization makes of it go to OUTPUT/dense, in float32.
 """
 
