@@ -15,33 +15,40 @@ from lowbit.methods.compiling import compiled
 cpu_kernels = pytest.importorskip("lowbit.methods.cpu_kernels", reason="numba is not installed")
 
 
-def matrices(rows: int = 75, count: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, symmetric positive definite matrix, scale, zero), of which the weight is no whole block of memory."""
+def matrices(rows: int = 75, count: int = 96) -> tuple[torch.Tensor, torch.Tensor, Grid, torch.Tensor]:
+    """(weight, symmetric positive definite matrix, grid of 6 groups, each column's group), of which the weight is no whole
+    block of memory."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4 * count, count, generator=generator) * torch.rand(count, generator=generator)
     weight = torch.randn(rows, 2 * count, generator=generator)[:, ::2] * 0.02
-    scale = (torch.rand(rows, count, generator=generator) * 0.004 + 0.002) * torch.randn(
-        rows, 1, generator=generator
-    ).sign()
-    zero = torch.randint(0, 16, (rows, count), generator=generator).float()
-    return weight, inputs.T @ inputs / count + torch.eye(count) * 0.01, scale, zero
+    scale = torch.rand(rows, 6, generator=generator) * 0.004 + 0.002
+    scale *= torch.randn(rows, 1, generator=generator).sign()
+    zero = torch.randint(0, 16, (rows, 6), generator=generator).float()
+    groups = torch.arange(count) * 6 // count
+    return weight, inputs.T @ inputs / count + torch.eye(count) * 0.01, Grid(scale, zero), groups
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_loops_equal_pytorchs(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    weight, hessian, scale, zero = matrices()
+    weight, hessian, grid, groups = matrices()
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    codes, errors = cpu_kernels.compensate(weight, factor, scale, zero, 15)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.01
-    moved = cpu_kernels.descend(gradient, hessian, scale, zero, codes, 15)
-    monkeypatch.setattr(columns, "available", lambda: False)
-    plain_codes, plain_errors = columns.compensate(weight, factor, scale, zero, 15)
+    results = []
+    for compiles in (True, False):
+        monkeypatch.setattr(columns, "available", lambda compiles=compiles: compiles)
+        codes, errors = columns.compensate(weight, factor, grid, groups, 15)
+        after = codes.clone()
+        moved = columns.descend_(gradient, hessian, grid, groups, after, 15)
+        results.append((codes, errors, after, moved))
+    (codes, errors, after, moved), (plain_codes, plain_errors, plain_after, plain_moved) = results
     assert torch.equal(codes, plain_codes)
     torch.testing.assert_close(errors, plain_errors, rtol=1e-3, atol=1e-5)
-    plain_moved = columns.descend(gradient, hessian, scale, zero, codes, 15)
-    assert (moved != plain_moved).float().mean() < 1e-3
-    assert (moved != codes).float().mean() > 0.05
+    assert (after != plain_after).float().mean() < 1e-3
+    assert (after != codes).float().mean() > 0.05
+    same = after == plain_after
+    torch.testing.assert_close(moved[same], plain_moved[same], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moved, (codes - after) * grid.scale[:, groups], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.core.primitives import Grid
 from lowbit.methods.compiling import available
 
 # columns that see each other's errors one by one; those further on get them together, as a matrix product
 _NEAR = 32
 
 
-def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
+def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """GPTQ within a block: round a column, spread its error over the columns after it, take the next.
 
-    weight, scale, zero: [out, n] float32. factor: [n, n], that part of the upper Cholesky factor of the inverse Hessian.
-    Returns codes [out, n] as float32 and the errors [out, n] that columns beyond the block have to make up for.
+    weight: [out, n] float32. factor: [n, n], that part of the upper Cholesky factor of the inverse Hessian. groups: [n], each
+    column's place in the grid. Returns codes [out, n] as float32 and the errors [out, n] that columns beyond the block have
+    to make up for.
     """
     if weight.is_cuda:
         from lowbit.methods import kernels
 
-        return kernels.compensate(weight, factor, scale, zero, max_code)
+        return kernels.compensate(weight, factor, grid, groups, max_code)
+    scale, zero = grid.scale[:, groups], grid.zero[:, groups]
     if available():
         from lowbit.methods import cpu_kernels
 
@@ -41,20 +44,21 @@ def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_
     return codes.T, errors.T
 
 
-def descend(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, max_code: int) -> Tensor:
-    """Coordinate descent within a block: each column's codes go to their best value given all others.
+def descend_(gradient: Tensor, hessian: Tensor, grid: Grid, groups: Tensor, codes: Tensor, max_code: int) -> Tensor:
+    """Coordinate descent within a block: each column's codes go to their best value given all others, in place.
 
-    gradient: [out, n], residual times Hessian. hessian: [n, n], the block's own part. scale, zero, codes: [out, n].
-    Returns new codes [out, n].
+    gradient: [out, n], residual times Hessian. hessian: [n, n], the block's own part. groups: [n], as above. codes: [out, n]
+    float32. Returns what was added to the residual [out, n].
     """
     if gradient.is_cuda:
         from lowbit.methods import kernels
 
-        return kernels.descend(gradient, hessian, scale, zero, codes, max_code)
+        return kernels.descend_(gradient, hessian, grid, groups, codes, max_code)
+    scale, zero = grid.scale[:, groups], grid.zero[:, groups]
     if available():
         from lowbit.methods import cpu_kernels
 
-        return cpu_kernels.descend(gradient, hessian, scale, zero, codes, max_code)
+        return cpu_kernels.descend_(gradient, hessian, scale, zero, codes, max_code)
     slopes, scales, zeros, columns = (tensor.T.contiguous() for tensor in (gradient, scale, zero, codes))
     inverse_power = hessian.diagonal().reciprocal().tolist()
     moved = torch.empty_like(columns)
@@ -66,8 +70,8 @@ def descend(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, code
             change.div_(scales[j]).add_(zeros[j]).round_().clamp_(0, max_code)
             before = own.clone()
             own.copy_(change)
-            change.sub_(before)
-            change.mul_(scales[j])
-            slopes[j + 1 : stop].addr_(hessian[j, j + 1 : stop], change, alpha=-1)
-        slopes[stop:].addmm_(hessian[start:stop, stop:].T, moved[start:stop], alpha=-1)
-    return columns.T
+            torch.sub(before, change, out=change).mul_(scales[j])
+            slopes[j + 1 : stop].addr_(hessian[j, j + 1 : stop], change)
+        slopes[stop:].addmm_(hessian[start:stop, stop:].T, moved[start:stop])
+    codes.copy_(columns.T)
+    return moved.T

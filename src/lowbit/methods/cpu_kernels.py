@@ -25,7 +25,7 @@ _LEAST_ROWS = 16  # that are worth a thread
 
 
 def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
-    """columns.compensate."""
+    """columns.compensate with scale and zero [out, n] of every column."""
     given = [_array(tensor) for tensor in (weight, factor, scale, zero)]
     codes, errors = torch.empty(weight.shape), torch.empty(weight.shape)
     results = (codes.numpy(), errors.numpy())
@@ -33,13 +33,14 @@ def compensate(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_
     return codes, errors
 
 
-def descend(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, max_code: int) -> Tensor:
-    """columns.descend."""
+def descend_(gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, max_code: int) -> Tensor:
+    """columns.descend_ with scale and zero [out, n] of every column."""
     given = [_array(tensor) for tensor in (gradient, hessian, scale, zero)]
-    result = codes.contiguous().clone()
-    array = result.numpy()
-    _by_rows(len(codes), lambda rows: _descend(rows.start, rows.stop, *given, np.float32(max_code), array))
-    return result
+    new, moved = codes.contiguous().clone(), torch.empty(codes.shape)
+    results = (new.numpy(), moved.numpy())
+    _by_rows(len(codes), lambda rows: _descend(rows.start, rows.stop, *given, np.float32(max_code), *results))
+    codes.copy_(new)
+    return moved
 
 
 def search_grid(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, importance: Tensor) -> Grid:
@@ -92,7 +93,7 @@ def _compensate(first, last, weight, factor, scale, zero, max_code, codes, error
 
 
 @compiled()
-def _descend(first, last, gradient, hessian, scale, zero, max_code, codes):  # type: ignore[no-untyped-def]  # numba's
+def _descend(first, last, gradient, hessian, scale, zero, max_code, codes, moved):  # type: ignore[no-untyped-def]  # numba's
     columns = gradient.shape[1]
     for row in range(first, last):
         g = gradient[row].copy()
@@ -101,9 +102,10 @@ def _descend(first, last, gradient, hessian, scale, zero, max_code, codes):  # t
             code = np.rint(((before - z) * s + g[j] / hessian[j, j]) / s + z)
             code = min(max(code, np.float32(0)), max_code)
             codes[row, j] = code
-            change = (code - before) * s
+            change = (before - code) * s
+            moved[row, j] = change
             if change != 0:  # most codes stay
-                _add(g[j + 1 :], hessian[j, j + 1 :], -change)
+                _add(g[j + 1 :], hessian[j, j + 1 :], change)
 
 
 @compiled()

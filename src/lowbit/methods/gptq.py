@@ -135,14 +135,8 @@ def round_columns(
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
-        own = groups[start:stop]
-        codes[:, start:stop], errors = compensate(
-            weight[:, start:stop],
-            inverse_factor[start:stop, start:stop],
-            grid.scale[:, own],
-            grid.zero[:, own],
-            max_code,
-        )
+        here = slice(start, stop)
+        codes[:, here], errors = compensate(weight[:, here], inverse_factor[here, here], grid, groups[here], max_code)
         weight[:, stop:].addmm_(errors, inverse_factor[start:stop, stop:], alpha=-1)
     return codes
 

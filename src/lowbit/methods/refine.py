@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.core.primitives import Grid, stored_scale
 from lowbit.core.statistics import tensor_float32_products
-from lowbit.methods.columns import descend
+from lowbit.methods.columns import descend_
 
 # blocks of columns whose gradients are computed together
 _WIDE = 8
@@ -81,12 +81,8 @@ def descend_codes(
         gradients = residual @ hessian[:, first:last]
         for start in range(first, last, block):
             stop = min(start + block, last)
-            members = groups[start:stop]
-            scale, zero, own = grid.scale[:, members], grid.zero[:, members], codes[:, start:stop]
-            gradient = gradients[:, start - first : stop - first]
-            own.copy_(descend(gradient, hessian[start:stop, start:stop], scale, zero, own, max_code))
-            after = weight[:, start:stop] - (own - zero) * scale
-            moved = after - residual[:, start:stop]
-            residual[:, start:stop] = after
-            gradients[:, stop - first :].addmm_(moved, hessian[start:stop, stop:last])
+            gradient, here = gradients[:, start - first : stop - first], slice(start, stop)
+            moved = descend_(gradient, hessian[here, here], grid, groups[here], codes[:, here], max_code)
+            residual[:, here] += moved
+            gradients[:, stop - first :].addmm_(moved, hessian[here, stop:last])
     return codes
