@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowbit.api.evaluate import evaluate
 from lowbit.api.fit import fit
-from lowbit.api.gguf_source import converted
+from lowbit.api.gguf_conversion import converted
 from lowbit.api.quantize import quantize
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint

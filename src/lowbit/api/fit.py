@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.api.gguf_conversion import converted
 from lowbit.api.gguf_options import gguf_recipe
-from lowbit.api.gguf_source import converted, opened
+from lowbit.api.gguf_source import opened
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.errors import RecipeError

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.api.calibration import calibration_windows, held_out_windows
+from lowbit.api.gguf_conversion import converting, drop_converted
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
-from lowbit.api.gguf_source import converted, drop_converted, opened
+from lowbit.api.gguf_source import opened
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
@@ -82,10 +84,15 @@ class _GgufRun:
         started = time.monotonic()
         reset_peak_memory(self.device)
         work = self._work_directory()
+        with self._source(work) as source:
+            return self._run(source, work, started)
+
+    def _source(self, work: Path) -> AbstractContextManager[GgufSource]:
         if self.from_gguf:
-            source = opened(Path(self.name), allow_requantize=self.options.allow_requantize)
-        else:
-            source = converted(self.checkpoint, work, self.progress)
+            return nullcontext(opened(Path(self.name), allow_requantize=self.options.allow_requantize))
+        return converting(self.checkpoint, work, self.progress)
+
+    def _run(self, source: GgufSource, work: Path, started: float) -> Result:
         windows = self._calibration_windows(work)
         digest = None if windows is None else windows_digest(windows)
         journal = Journal(work, self._inputs(source, digest))
@@ -155,8 +162,10 @@ class _GgufRun:
         # the head is rounded last; where it is the embedding too, the blocks are fed by a plain one until then
         head = "output.weight" if "output.weight" in job.types else "token_embd.weight"
         rounds_head = job.types.get(head) in CODECS and job.source.tensors[head].ggml_type not in CODECS
-        first = [name for name in job.types if name not in tensors]
-        encode_tensors(job, first, provisional=[head] if rounds_head else [])
+        others = [name for name in job.types if name not in tensors and (name != head or not rounds_head)]
+        # the blocks are fed by the embedding; all else can wait for a conversion that is still running
+        embedding = [name for name in job.types if name == "token_embd.weight"]
+        encode_tensors(job, embedding, provisional=[head] if rounds_head else [])
         left = [n for n, kind in job.types.items() if n not in tensors and kind in CODECS and n.startswith("blk.")]
         if left:
             self.progress.warn(
@@ -170,9 +179,11 @@ class _GgufRun:
             )
         chosen = self.options
         options = SecondOrderOptions(damping=chosen.damping, sweeps=chosen.sweeps, asymmetric=chosen.asymmetric)
-        return SecondOrderRun(
+        resumed = SecondOrderRun(
             job, model, rounded, self._streams(work), options, head if rounds_head else None
         ).quantize(windows)
+        encode_tensors(job, [name for name in others if name not in embedding])
+        return resumed
 
     def _tune(
         self,

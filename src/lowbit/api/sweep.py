@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.api.evaluation import Evaluation, cache_directory, evaluate_run
+from lowbit.api.gguf_conversion import converted
 from lowbit.api.gguf_record import card
-from lowbit.api.gguf_source import converted
 from lowbit.api.quantize import quantize, recipe_for
 from lowbit.api.run import Settings
 from lowbit.api.runs import read_run, record_file, run_file, write_run

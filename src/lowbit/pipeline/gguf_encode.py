@@ -61,18 +61,20 @@ def encode_tensors(
 ) -> None:
     """Encode (or copy) the named tensors as llama-quantize does, with their importance where there is some. What is
     `provisional` among them is written but does not count as done: it will be written again."""
+    if not names:
+        return
     job.progress.start("encode", len(names))
     wanted = [name for name in names if not job.is_done(name)]
     for _ in range(len(names) - len(wanted)):
         job.progress.advance()
-    with _Behind(job, provisional) as behind:
-        for name, stored in _read_ahead(job.source, wanted):
+    with Behind(job, provisional) as behind:
+        for name, stored in read_ahead(job.source, wanted):
             job.progress.note(f"{name} as {job.types[name]}")
             behind.write(name, _encoded(job, name, stored, importance or {}))
             job.progress.advance()
 
 
-def _read_ahead(source: GgufSource, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def read_ahead(source: GgufSource, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors' bytes; while one is worked on, the next is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         coming: Future[Tensor] | None = None
@@ -82,18 +84,18 @@ def _read_ahead(source: GgufSource, names: Sequence[str]) -> Iterator[tuple[str,
             yield name, stored
 
 
-class _Behind:
+class Behind:
     """Writes tensors while the next is encoded; they count as done once they are safely on disk. A context manager: at its
     end all are, unless something was raised. Raises OutputError, for what was begun before too."""
 
-    def __init__(self, job: GgufJob, provisional: Sequence[str]) -> None:
+    def __init__(self, job: GgufJob, provisional: Sequence[str] = ()) -> None:
         self.job, self.provisional = job, provisional
         self.waiting: dict[str, float | None] = {}
         self.size = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._begun: Future[None] | None = None
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> Behind:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -102,19 +104,27 @@ class _Behind:
             self._wait()
             self.job.done(self.waiting)
 
-    def write(self, name: str, data: Tensor) -> None:
-        """Begin to write a tensor's bytes, uint8."""
+    def write(self, name: str, data: Tensor, error: float | None = None) -> None:
+        """Begin to write a tensor's bytes, uint8; error: its relative output error where that was measured."""
         self._wait()
-        self._begun = self._thread.submit(self._write, name, data)
+        self._begun = self._thread.submit(self._write, name, data, error)
 
-    def _write(self, name: str, data: Tensor) -> None:
+    def finish(self) -> None:
+        """Begin to make what was written count as done."""
+        self._wait()
+        self._begun = self._thread.submit(self._finish)
+
+    def _write(self, name: str, data: Tensor, error: float | None) -> None:
         self.job.writer.write(name, data)
         if name not in self.provisional:
-            self.waiting[name] = None
+            self.waiting[name] = error
         self.size += data.numel()
         if self.size >= _SYNC_BYTES:
-            self.job.done(self.waiting)
-            self.waiting, self.size = {}, 0
+            self._finish()
+
+    def _finish(self) -> None:
+        self.job.done(self.waiting)
+        self.waiting, self.size = {}, 0
 
     def _wait(self) -> None:
         if self._begun is not None:

@@ -9,6 +9,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from lowbit.core.checkpoint.gguf_source import dequantized
 from lowbit.core.errors import CheckpointError
 from lowbit.core.statistics import InputStatistics
 from lowbit.core.streamed_model import StreamedModel
@@ -16,7 +17,7 @@ from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
 from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.gguf_encode import GgufJob
+from lowbit.pipeline.gguf_encode import Behind, GgufJob, read_ahead
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
 from lowbit.pipeline.gguf_stream import embedded, head_statistics
 from lowbit.pipeline.job import place_weight
@@ -53,29 +54,30 @@ class SecondOrderRun:
         states = embedded(model, windows, self.streams, self._embedding(), copies=1 + compares)
         # the unquantized model's states, whose outputs are what every layer aims at
         original = embedded(model, windows, self.streams, copies=2) if compares else None
-        for index in range(blocks):
-            own = {linear.name: linear for linear in self.linears.values() if linear.block == index}
-            finished = all(self.job.is_done(linear.tensor) for linear in own.values())
-            weights = model.read_block(index)
-            with torch.no_grad(), model.block(index, weights) as module:
-                halves = self.halves.find(model, index, module, states)
-                passages = [Passage(model, index, module, states, halves=halves)]
-                if original is not None:
-                    passages.append(Passage(model, index, module, original, weights, halves))
-                if finished:
-                    resumed += 1
-                    self._restore(module, own, weights)
-                else:
-                    self._do_block(own, weights, *passages)
-                if index + 1 < blocks or self.head:
-                    for passage in passages:
-                        passage.advance(BEHIND)
-            progress.advance()
-        if self.head:
-            self._do_head(self.head, states, original)
+        with Behind(self.job) as behind:
+            for index in range(blocks):
+                own = {linear.name: linear for linear in self.linears.values() if linear.block == index}
+                finished = all(self.job.is_done(linear.tensor) for linear in own.values())
+                weights = model.read_block(index)
+                with torch.no_grad(), model.block(index, weights) as module:
+                    halves = self.halves.find(model, index, module, states)
+                    passages = [Passage(model, index, module, states, halves=halves)]
+                    if original is not None:
+                        passages.append(Passage(model, index, module, original, weights, halves))
+                    if finished:
+                        resumed += 1
+                        self._restore(module, own, weights)
+                    else:
+                        self._do_block(behind, own, weights, *passages)
+                    if index + 1 < blocks or self.head:
+                        for passage in passages:
+                            passage.advance(BEHIND)
+                progress.advance()
+            if self.head:
+                self._do_head(behind, self.head, states, original)
         return resumed
 
-    def _do_head(self, tensor: str, states: Activations, original: Activations | None) -> None:
+    def _do_head(self, behind: Behind, tensor: str, states: Activations, original: Activations | None) -> None:
         self.job.progress.note(tensor)
         statistics = head_statistics(self.model, states, original)
         gram = statistics.gram
@@ -83,52 +85,56 @@ class SecondOrderRun:
         # a tied matrix is read as the embedding too, where every column counts the same
         damping = _TIED_DAMPING if tensor == "token_embd.weight" else self.options.damping
         curvature = factor_gram(gram, damping)
-        dense = self.job.source.dense(tensor).to(self.model.device)
+        dense = self._dense(tensor, self.job.source.stored(tensor))
         type_name = self.job.types[tensor]
         grid, codes = quantize(type_name, self._target(dense, curvature, statistics), curvature, self.options)
-        self.job.writer.write(tensor, CODECS[type_name].pack(grid, codes))
-        rounded = CODECS[type_name].dequantize(grid, codes)
-        self.job.done({tensor: _relative(dense, rounded, curvature)})
+        error = _relative(dense, CODECS[type_name].dequantize(grid, codes), curvature)
+        behind.write(tensor, CODECS[type_name].pack(grid, codes), error)
 
     def _do_block(
         self,
+        behind: Behind,
         own: Mapping[str, LinearTensor],
         weights: Mapping[str, Tensor],
         arriving: Passage,
         original: Passage | None = None,
     ) -> None:
-        errors: dict[str, float | None] = {}
         groups = [[name for name in group if name in own] for group in self.model.architecture.linears]
         groups = [group for group in groups if group]
+        stored = read_ahead(self.job.source, [own[name].tensor for group in groups for name in group])
         for names, following in zip(groups, [*(group[0] for group in groups[1:]), None], strict=True):
             self.job.progress.note(f"{self.model.block_path(arriving.index)} {', '.join(names)}")
             until = arriving.place_before(following)
             statistics = _watched(arriving, original, names[0], until)
-            errors.update(self._do_group(arriving.module, [own[name] for name in names], weights, statistics))
+            self._do_group(behind, arriving.module, [own[name] for name in names], weights, statistics, stored)
             if until == BETWEEN:
                 arriving.advance(BETWEEN)
-        self.job.done(errors)
+        behind.finish()
 
     def _do_group(
         self,
+        behind: Behind,
         module: nn.Module,
         linears: Sequence[LinearTensor],
         weights: Mapping[str, Tensor],
         statistics: InputStatistics,
-    ) -> dict[str, float | None]:
+        stored: Iterator[tuple[str, Tensor]],
+    ) -> None:
+        """Round layers that share an input; `stored` gives their tensors' bytes in turn."""
         assert statistics.gram is not None
         curvature = factor_gram(statistics.gram, self.options.damping)
-        errors: dict[str, float | None] = {}
         for linear in linears:
-            dense = self.job.source.dense(linear.tensor).to(self.model.device)
+            dense = self._dense(*next(stored))
             type_name = self.job.types[linear.tensor]
             grid, codes = quantize(type_name, self._target(dense, curvature, statistics), curvature, self.options)
             codec = CODECS[type_name]
-            self.job.writer.write(linear.tensor, codec.pack(grid, codes))
             rounded = codec.dequantize(grid, codes)
-            errors[linear.tensor] = _relative(dense, rounded, curvature)
+            behind.write(linear.tensor, codec.pack(grid, codes), _relative(dense, rounded, curvature))
             self._place(module, linear, weights, dense, rounded)
-        return errors
+
+    def _dense(self, tensor: str, stored: Tensor) -> Tensor:
+        """A tensor's bytes as float32 on the device; they travel as they are stored."""
+        return dequantized(stored.to(self.model.device), self.job.source.tensors[tensor])
 
     def _target(self, dense: Tensor, curvature: Curvature, statistics: InputStatistics) -> Tensor:
         """What the rows are rounded towards."""
@@ -156,7 +162,7 @@ class SecondOrderRun:
     def _restore(self, module: nn.Module, own: Mapping[str, LinearTensor], weights: Mapping[str, Tensor]) -> None:
         """Put what an earlier run wrote into the module."""
         for linear in own.values():
-            dense = self.job.source.dense(linear.tensor).to(self.model.device)
+            dense = self._dense(linear.tensor, self.job.source.stored(linear.tensor))
             self._place(module, linear, weights, dense, self._written(linear.tensor))
 
     def _written(self, tensor: str) -> Tensor:

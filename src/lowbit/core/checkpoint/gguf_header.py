@@ -45,19 +45,20 @@ class GgufHeader:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_gguf_header(file: Path) -> GgufHeader:
-    """Parse and check the header. Raises CheckpointError for anything that breaks the format or runs over its end."""
+def read_gguf_header(file: Path, *, growing: bool = False) -> GgufHeader:
+    """Parse and check the header. growing: the file is still being written, tensors may lie beyond its end. Raises
+    CheckpointError for anything that breaks the format or runs over its end."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            return _Parser(file, stream, size).header()
+            return _Parser(file, stream, size, growing).header()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 class _Parser:
-    def __init__(self, file: Path, stream: BinaryIO, size: int) -> None:
-        self.file, self.stream, self.size = file, stream, size
+    def __init__(self, file: Path, stream: BinaryIO, size: int, growing: bool) -> None:
+        self.file, self.stream, self.size, self.growing = file, stream, size, growing
 
     def header(self) -> GgufHeader:
         if self.take(4) != b"GGUF":
@@ -111,7 +112,7 @@ class _Parser:
             if not shape or count == 0 or shape[-1] % block:
                 raise self.broken(f"tensor {name[:80]!r} of shape {shape} cannot be {ggml_type.name}")
             nbytes = count // block * block_bytes
-            if data_start + offset + nbytes > self.size:
+            if data_start + offset + nbytes > self.size and not self.growing:
                 raise self.broken(f"tensor {name[:80]!r} of shape {shape} runs over the end of the file")
             tensors[name] = GgufTensor(name, shape, ggml_type.name, data_start + offset, nbytes)
         return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufSource:
-    """Tensors and metadata of a GGUF model. file: of a split model, any of its files.
+    """Tensors and metadata of a GGUF model. file: of a split model, any of its files. wait_for: of a file that is still being
+    written, called with the bytes that must be there before a tensor is read.
 
     Raises CheckpointError for missing or damaged files, and when a tensor is in two of them.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, wait_for: Callable[[int], None] | None = None) -> None:
         files = sibling_shards(file)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{missing[0]} is missing in {files[0].parent}", hint="copy all files of the model")
-        self.files = files
-        self.headers = [read_gguf_header(file) for file in files]
+        self.files, self.wait_for = files, wait_for
+        self.headers = [read_gguf_header(file, growing=wait_for is not None) for file in files]
         self.metadata: dict[str, Any] = self.headers[0].metadata
         self.tensors: dict[str, GgufTensor] = {}
         self._places: dict[str, Path] = {}
@@ -66,6 +68,8 @@ class GgufSource:
     def stored(self, name: str) -> Tensor:
         """A tensor's bytes, uint8 [nbytes]. Raises CheckpointError."""
         tensor = self.tensors[name]
+        if self.wait_for is not None:
+            self.wait_for(tensor.offset + tensor.nbytes)
         try:
             data = np.fromfile(self._places[name], dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         except OSError as error:
