@@ -18,6 +18,8 @@ if __name__ == "__main__":
     import contextlib
     import os
     import sys
+    import tempfile
+    from pathlib import Path
 
     # with fewer than three CPUs 7.6.0 gives itself one worker and then refuses, because it needs two
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(args.threads, 2))
@@ -38,9 +40,15 @@ if __name__ == "__main__":
         gptaq=GPTAQConfig() if args.gptaq else None,
         device="cpu",
     )
+    source, output = str(Path(args.model).absolute()), str(Path(args.output).absolute())
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars go to stdout
         extension.is_available("pack_block_cpu")  # compiles it on first use: no part of the time
-    with Measured("gptqmodel"), contextlib.redirect_stdout(sys.stderr):
-        model = GPTQModel.load(args.model, config, dtype=args.dtype)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.chdir(scratch),  # it writes its logs into the current directory
+        Measured("gptqmodel"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        model = GPTQModel.load(source, config, dtype=args.dtype)
         model.quantize(examples)
-        model.save(args.output)
+        model.save(output)
