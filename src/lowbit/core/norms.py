@@ -1,13 +1,15 @@
-"""Norms in one pass over the states.
+"""Norms in few passes over the states.
 
-transformers writes root-mean-square norms as seven tensor operations in float32, which together take longer on a GPU than a
-layer's attention; PyTorch has them as one kernel. Which modules are such norms is not taken from their names: they are tried.
+transformers writes root-mean-square norms as seven tensor operations in float32, which together take longer than a layer's
+attention. PyTorch has one kernel for them on a GPU, and on a CPU some work can be done in place. Which modules are such norms
+is not taken from their names: they are tried.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -23,7 +25,13 @@ class RootMeanSquareNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., features] -> the same shape and dtype."""
-        return self.weight * rms_norm(hidden, self.weight.shape, eps=self.epsilon)
+        if hidden.is_cuda or torch.is_grad_enabled():
+            return self.weight * rms_norm(hidden, self.weight.shape, eps=self.epsilon)
+        wide = hidden.float()
+        power = vector_norm(wide, dim=-1, keepdim=True).square_().div_(hidden.shape[-1])
+        factor = power.add_(self.epsilon).rsqrt_()
+        normed: Tensor = (wide * factor if wide is hidden else wide.mul_(factor)).to(hidden.dtype)
+        return normed.mul_(self.weight)
 
 
 def fuse_norms(model: nn.Module) -> int:

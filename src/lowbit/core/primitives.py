@@ -34,6 +34,16 @@ def group_of_columns(columns: int, scheme: WeightScheme, device: torch.device) -
     return torch.arange(columns, device=device) // scheme.columns_per_scale(columns)
 
 
+def by_column(values: Tensor, groups: Tensor) -> Tensor:
+    """[out, groups] -> [out, in]: what each column's group has."""
+    count = values.shape[1]
+    if not values.is_cuda and len(groups) % count == 0:
+        size = len(groups) // count
+        if torch.equal(groups, torch.arange(len(groups)) // size):  # repeated in a third of the time of a gather
+            return values[:, :, None].expand(-1, -1, size).reshape(len(values), -1)
+    return values[:, groups]
+
+
 def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """Nearest codes (float32 whole numbers) of `weight` for `scale` and `zero` that broadcast against it."""
     return torch.div(weight, scale).add_(zero).round_().clamp_(0, max_code)

@@ -38,8 +38,7 @@ class StreamedModel:
         for buffer_owner in self.skeleton.modules():
             for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
                 buffer_owner.register_buffer(name, buffer.to(device), persistent=False)
-        if device.type == "cuda":  # on a CPU the fused kernel is no faster
-            fuse_norms(self.skeleton)
+        fuse_norms(self.skeleton)
         model_type = str(checkpoint.config.get("model_type", ""))
         self.known = known_architecture(model_type) is not None
         self.architecture = known_architecture(model_type) or _guess_architecture(model_type, self.skeleton)

@@ -98,7 +98,8 @@ def _round_rows(
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Grid]:
     """Codes [rows, in] uint8 and grid of some rows; the Hessian is damped."""
-    order, by_group = factored.order, torch.argsort(groups, stable=True)
+    order = factored.order
+    by_group = torch.argsort(groups, stable=True) if scheme.reordered else slice(None)
     if options.search:
         grid = _searched(target[:, by_group], scheme, scale_dtype, factored.cost()[by_group])
     else:

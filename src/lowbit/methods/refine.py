@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.core.primitives import Grid, stored_scale
+from lowbit.core.primitives import Grid, by_column, stored_scale
 from lowbit.core.statistics import tensor_float32_products
 from lowbit.methods.columns import descend_
 
@@ -29,8 +29,8 @@ def fit_scales(
     scales the best step solves (A^T H A) d = A^T H (w - A s): one small symmetric system a row.
     """
     count = grid.scale.shape[1]
-    offsets = codes - grid.zero[:, groups]
-    slope = (weight - offsets * grid.scale[:, groups]) @ hessian
+    offsets = codes - by_column(grid.zero, groups)
+    slope = torch.addcmul(weight, offsets, by_column(grid.scale, groups), value=-1) @ hessian
     by_group = torch.argsort(groups, stable=True)
     if not torch.equal(groups[by_group], groups):  # groups that moved with their columns: put them side by side
         offsets, slope, hessian = offsets[:, by_group], slope[:, by_group], hessian[by_group[:, None], by_group]
@@ -75,7 +75,7 @@ def descend_codes(
     block changes reaches the gradient of the others beside it in a product of its own, so that the large one is wide.
     """
     codes = codes.clone()
-    residual = weight - (codes - grid.zero[:, groups]) * grid.scale[:, groups]
+    residual = torch.addcmul(weight, codes - by_column(grid.zero, groups), by_column(grid.scale, groups), value=-1)
     for first in range(0, weight.shape[1], block * _WIDE):
         last = min(first + block * _WIDE, weight.shape[1])
         gradients = residual @ hessian[:, first:last]
