@@ -59,6 +59,8 @@ class Passage:
         if to <= self.at or (to == BETWEEN and self.halves is None):
             return
         weights = self._weights(to, self.weights)
+        if to != self.at + 1:  # what is kept leads to the end of this half only
+            self._kept.clear()
         for where in self.states.batches():
             kept = self._kept.pop(where.start, None)
             self.states.put(where, self._run(where, to, weights) if kept is None else self._close(where, kept))
