@@ -72,7 +72,7 @@ class _Conversion:
         self.command = [str(python_of(ENVIRONMENT)), "-m", "convert_hf_to_gguf", str(model)]
         # a converter that outlived a killed run goes on writing to a file without a name
         self.partial.unlink(missing_ok=True)
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop
+        self.errors = tempfile.TemporaryFile(dir=work)  # noqa: SIM115 - closed by stop
         self.process = subprocess.Popen(
             [*self.command, "--outfile", str(self.partial), "--outtype", out_type],
             env=child_variables(None),
