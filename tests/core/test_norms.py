@@ -33,15 +33,23 @@ def test_norms_that_are_root_mean_square_are_fused(model_type: str, norms: int) 
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounding_is_that_of_transformers(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_is_that_of_transformers(dtype: torch.dtype, grad: bool) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     theirs = LlamaRMSNorm(128, 1e-5).to(dtype)
     theirs.weight.data.uniform_(0.5, 2)
     hidden = torch.randn(50, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ours = RootMeanSquareNorm(theirs.weight, 1e-5)(hidden)
-    assert (ours != theirs(hidden)).float().mean() < 0.01
+    before = hidden.clone()
+    with torch.set_grad_enabled(grad):
+        ours = RootMeanSquareNorm(theirs.weight, 1e-5)(hidden)
+    assert ours.dtype == dtype
+    assert hidden.equal(before)
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs(hidden))
+    else:
+        assert (ours != theirs(hidden)).float().mean() < 0.01
 
 
 def test_a_module_that_only_looks_like_one_is_left() -> None:

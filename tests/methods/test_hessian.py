@@ -22,7 +22,7 @@ def test_upper_is_the_cholesky_factor_of_the_inverse_in_the_order_of_rounding(co
     expected = torch.linalg.cholesky(inverse[order][:, order], upper=True)
     torch.testing.assert_close(found.upper.double(), expected, rtol=1e-3, atol=1e-4)
     assert found.upper.tril(-1).eq(0).all()
-    torch.testing.assert_close(found.cost()[order].double(), expected.diagonal() ** -2, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.cost[order].double(), expected.diagonal() ** -2, rtol=1e-3, atol=1e-6)
     left = torch.randn(5, columns, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
         found.times_inverse(left), (left.double() @ inverse).float(), rtol=1e-3, atol=1e-3 * inverse.abs().max().item()

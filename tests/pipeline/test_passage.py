@@ -112,30 +112,18 @@ def test_kept_inputs_take_the_states_on(
             assert torch.equal(steps.states.states, whole.states.states)
 
 
-def test_kept_inputs_of_the_first_half_do_not_stand_for_the_whole(tiny_llama: Path) -> None:
+@pytest.mark.parametrize(("factor", "to"), [(1.25, BETWEEN), (None, BEHIND)], ids=["other weights", "half of the way"])
+def test_kept_inputs_that_lead_elsewhere_are_not_used(tiny_llama: Path, factor: float | None, to: int) -> None:
     model = StreamedModel(open_checkpoint(tiny_llama), CPU, torch.float32)
     states = arrive(model)
     with torch.no_grad(), model.block(0) as module:
         halves = HalvesFinder().find(model, 0, module, states)
         whole, steps = (Passage(model, 0, module, copy_of(states), halves=halves) for _ in range(2))
-        for _ in steps.inputs(["self_attn.o_proj"]):
+        weights = None if factor is None else {n: tensor * factor for n, tensor in model.read_block(0).items()}
+        for _ in steps.inputs(["self_attn.o_proj"], weights=weights):
             pass
-        steps.advance(BEHIND)
-        whole.advance(BEHIND)
-    assert torch.equal(steps.states.states, whole.states.states)
-
-
-def test_inputs_of_other_weights_are_not_kept(tiny_llama: Path) -> None:
-    model = StreamedModel(open_checkpoint(tiny_llama), CPU, torch.float32)
-    states = arrive(model)
-    with torch.no_grad(), model.block(0) as module:
-        halves = HalvesFinder().find(model, 0, module, states)
-        whole, steps = (Passage(model, 0, module, copy_of(states), halves=halves) for _ in range(2))
-        other = {name: tensor * 1.25 for name, tensor in model.read_block(0).items()}
-        for _ in steps.inputs(["self_attn.o_proj"], weights=other):
-            pass
-        steps.advance(BETWEEN)
-        whole.advance(BETWEEN)
+        steps.advance(to)
+        whole.advance(to)
     assert torch.equal(steps.states.states, whole.states.states)
 
 

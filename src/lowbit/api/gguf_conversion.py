@@ -31,9 +31,8 @@ def converted(checkpoint: Checkpoint, work: Path, progress: Progress) -> GgufSou
     """The checkpoint as GGUF in `work`, converted there unless an earlier run did it. Raises SideEnvironmentError when the
     converter is not installed or refuses the model, CheckpointError when it finds no weights."""
     with converting(checkpoint, work, progress) as source:
-        last = max(tensor.offset + tensor.nbytes for tensor in source.tensors.values())
         if source.wait_for is not None:
-            source.wait_for(last)
+            source.wait_for(source.data_end)
     if not (work / _SOURCE).is_file():  # no hard links here
         (work / _PARTIAL).replace(work / _SOURCE)
     return GgufSource(work / _SOURCE)
@@ -69,6 +68,7 @@ class _Conversion:
 
     def __init__(self, model: Path, work: Path, out_type: str) -> None:
         self.model, self.partial, self.target = model, work / _PARTIAL, work / _SOURCE
+        self.size: int | None = None  # of the whole file, once its header says so
         self.command = [str(python_of(ENVIRONMENT)), "-m", "convert_hf_to_gguf", str(model)]
         # a converter that outlived a killed run goes on writing to a file without a name
         self.partial.unlink(missing_ok=True)
@@ -116,10 +116,7 @@ class _Conversion:
         self.errors.close()
 
     def _complete(self) -> bool:
-        try:
-            return bool(GgufSource(self.partial).tensors)
-        except CheckpointError:
-            return False
+        return self.size is not None and self.partial.is_file() and self.partial.stat().st_size >= self.size
 
     def _ended(self) -> bool:
         """Whether the converter has ended well. Raises SideEnvironmentError when it has failed."""
@@ -141,6 +138,7 @@ class _Conversion:
 
     def _with_weights(self, source: GgufSource) -> GgufSource:
         if source.tensors:
+            self.size = source.data_end
             return source
         self.partial.unlink()
         raise CheckpointError(

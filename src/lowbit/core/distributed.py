@@ -110,7 +110,7 @@ class _Ranks(World):
         value = [compute() if self.leads else None]
         with _lost_processes():
             torch.distributed.broadcast_object_list(value, src=0)
-        return value[0]  # type: ignore[return-value]  # the leader's
+        return value[0]  # type: ignore[return-value]  # filled in by now: the leader's
 
     def same_(self, tensor: Tensor) -> Tensor:
         with _lost_processes():

@@ -38,7 +38,7 @@ def fuse_norms(model: nn.Module) -> int:
     """Put RootMeanSquareNorm in the place of every module that computes it, in place; how many there were. Parameters keep
     their names, and may be on the meta device."""
     tried: dict[tuple[type[nn.Module], int, float], bool] = {}
-    replaced = 0
+    fused: dict[nn.Module, RootMeanSquareNorm] = {}  # a module in two places stays one
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             found = _weight_and_epsilon(module)
@@ -49,9 +49,8 @@ def fuse_norms(model: nn.Module) -> int:
             if kind not in tried:
                 tried[kind] = _computes_the_same(module, len(weight), epsilon)
             if tried[kind]:
-                setattr(parent, name, RootMeanSquareNorm(weight, epsilon))
-                replaced += 1
-    return replaced
+                setattr(parent, name, fused.setdefault(module, RootMeanSquareNorm(weight, epsilon)))
+    return len(fused)
 
 
 def _weight_and_epsilon(module: nn.Module) -> tuple[nn.Parameter, float] | None:
@@ -65,6 +64,7 @@ def _weight_and_epsilon(module: nn.Module) -> tuple[nn.Parameter, float] | None:
     return weight, epsilon
 
 
+@torch.no_grad()
 def _computes_the_same(module: nn.Module, features: int, epsilon: float) -> bool:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, features, generator=generator) * torch.tensor([1e-4, 0.1, 1.0, 30.0])[:, None] + 0.01

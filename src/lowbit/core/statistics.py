@@ -17,7 +17,7 @@ _WIDENED = 1024
 _NARROWEST = 256
 
 Block = tuple[slice, slice]  # rows and columns of a matrix
-EVERYTHING: tuple[Block, ...] = ((slice(None), slice(None)),)
+_EVERYTHING: tuple[Block, ...] = ((slice(None), slice(None)),)
 
 
 class InputStatistics:
@@ -90,7 +90,7 @@ class InputStatistics:
         return cross
 
 
-def accumulate_product_(total: Tensor, left: Tensor, right: Tensor, blocks: Sequence[Block] = EVERYTHING) -> None:
+def accumulate_product_(total: Tensor, left: Tensor, right: Tensor, blocks: Sequence[Block] = _EVERYTHING) -> None:
     """total [m, n] float32 += left^T right, for left [tokens, m] and right [tokens, n], summed in float32; in these blocks of
     `total` only.
 

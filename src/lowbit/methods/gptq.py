@@ -101,7 +101,7 @@ def _round_rows(
     order = factored.order
     by_group = torch.argsort(groups, stable=True) if scheme.reordered else slice(None)
     if options.search:
-        grid = _searched(target[:, by_group], scheme, scale_dtype, factored.cost()[by_group])
+        grid = _searched(target[:, by_group], scheme, scale_dtype, factored.cost[by_group])
     else:
         grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
     codes = torch.empty_like(target)

@@ -25,17 +25,15 @@ _ROWS = 64
 @dataclass(frozen=True)
 class Factor:
     """upper: [in, in] float32, Cholesky factor of the damped Hessian's inverse, with its columns in the order of rounding.
-    order: [in] int64, that order. damp: what was added to the Hessian's diagonal."""
+    order: [in] int64, that order. damp: what was added to the Hessian's diagonal.
+    cost: [in], in the columns' own order: what a unit of squared error in a column costs once the columns after it have made
+    up for it.
+    """
 
     upper: Tensor
     order: Tensor
     damp: float
-
-    def cost(self) -> Tensor:
-        """[in], in the columns' own order: what a unit of squared error in a column costs once the columns after it have
-        made up for it."""
-        in_order = self.upper.diagonal().square().reciprocal()
-        return torch.empty_like(in_order).index_copy_(0, self.order, in_order)
+    cost: Tensor
 
     def times_inverse(self, left: Tensor) -> Tensor:
         """left [rows, in] times the inverse of the damped Hessian, columns in their own order."""
@@ -57,7 +55,8 @@ def factor(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         if ((failed == 0) & torch.isfinite(matrix.diagonal()).all()).item():
             invert_lower_(matrix)
             turn_(matrix)
-            return Factor(matrix, order, raised)
+            in_order = matrix.diagonal().square().reciprocal()
+            return Factor(matrix, order, raised, torch.empty_like(in_order).index_copy_(0, order, in_order))
     raise CalibrationError(
         "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
         hint="calibrate on other or more text (--dataset, --num-samples), or use --method rtn (GGUF: --refine imatrix)",

@@ -52,12 +52,12 @@ def _scale_system(offsets: Tensor, hessian: Tensor, count: int) -> Tensor:
     """[out, groups, groups]: A^T H A of every row, for groups of consecutive columns."""
     size = offsets.shape[1] // count
     system = torch.empty(len(offsets), count, count, device=offsets.device)
-    for group in range(count):
-        start = group * size
-        with tensor_float32_products(offsets.device):  # offsets are small whole numbers: exact as they are
+    with tensor_float32_products(offsets.device):  # offsets are small whole numbers: exact as they are
+        for group in range(count):
+            start = group * size
             products = offsets[:, start : start + size] @ hessian[start : start + size, start:]
-        system[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
-        system[:, group:, group] = system[:, group, group:]
+            system[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
+            system[:, group:, group] = system[:, group, group:]
     return system
 
 

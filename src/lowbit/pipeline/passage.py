@@ -99,8 +99,9 @@ class Passage:
             self._kept[where.start] = inputs
 
     def _close(self, where: slice, inputs: Tensor) -> Tensor:
-        layer = self.module.get_submodule(str(self._closing()))
-        output: Tensor = layer(inputs)
+        closing = self._closing()
+        assert closing is not None
+        output: Tensor = self.module.get_submodule(closing)(inputs)
         return self.states.get(where, self.model.device) + output
 
     def _run(self, where: slice, to: int, weights: Mapping[str, Tensor] | None) -> Tensor:

@@ -43,7 +43,7 @@ def rounded(type_name: str, weight: Tensor, curvature: Curvature, sweeps: int) -
 def test_no_row_is_worse_than_nearest_rounding_and_most_are_far_better(type_name: str, gram: Tensor) -> None:
     weight, curvature = weights(), factor_gram(gram)
     plain = output_error(weight, decode(type_name, encode(type_name, weight), COLUMNS), curvature.hessian)
-    important = encode(type_name, weight, curvature.cost)
+    important = encode(type_name, weight, curvature.factored.cost)
     start = output_error(weight, decode(type_name, important, COLUMNS), curvature.hessian)
     ours = output_error(weight, rounded(type_name, weight, curvature, 3), curvature.hessian)
     assert bool((ours <= start * 1.0001).all())
@@ -66,7 +66,7 @@ def test_the_column_loop_is_the_papers(type_name: str, gram: Tensor) -> None:
     """Algorithm 1 of the GPTQ paper with the inverse Hessian updated by elimination, one column at a time, float64."""
     weight, curvature = weights(), factor_gram(gram)
     codec = CODECS[type_name]
-    grid, nearest = codec.choose(weight, curvature.cost)
+    grid, nearest = codec.choose(weight, curvature.factored.cost)
     scale, minimum = (part.double() for part in codec.scale_min(grid))
     sub = COLUMNS // scale.shape[1]
     w, inverse = weight.double(), torch.linalg.inv(curvature.hessian.double())
@@ -109,10 +109,10 @@ def test_cost_is_what_an_error_in_a_column_costs(gram: Tensor) -> None:
     curvature = factor_gram(gram)
     # the last column in order has none after it that could make up; the first has all
     last, first = int(curvature.factored.order[-1]), int(curvature.factored.order[0])
-    assert curvature.cost[last] == pytest.approx(curvature.hessian[last, last].item(), rel=1)
+    assert curvature.factored.cost[last] == pytest.approx(curvature.hessian[last, last].item(), rel=1)
     inverse = torch.linalg.inv(curvature.hessian.double())
-    assert curvature.cost[first].item() == pytest.approx((1 / inverse[first, first]).item(), rel=1e-2)
-    assert bool((curvature.cost <= curvature.hessian.diagonal() * 1.001).all())
+    assert curvature.factored.cost[first].item() == pytest.approx((1 / inverse[first, first]).item(), rel=1e-2)
+    assert bool((curvature.factored.cost <= curvature.hessian.diagonal() * 1.001).all())
 
 
 def test_the_gram_matrix_is_left_as_it_was(gram: Tensor) -> None:

@@ -54,6 +54,11 @@ class GgufSource:
         return self.headers[0]
 
     @property
+    def data_end(self) -> int:
+        """Bytes up to the end of the last tensor, in a file alone."""
+        return max((tensor.offset + tensor.nbytes for tensor in self.tensors.values()), default=0)
+
+    @property
     def architecture(self) -> str:
         """llama.cpp's name of the model family."""
         return str(self.metadata.get("general.architecture", ""))

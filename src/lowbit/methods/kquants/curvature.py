@@ -15,14 +15,11 @@ from lowbit.methods.hessian import factor as factor_hessian
 class Curvature:
     """What a second-order method needs of the inputs of a linear layer, all float32 on one device.
 
-    hessian: [in, in], mean of x x^T, damped. factored: of its inverse, columns by falling input power.
-    cost: [in], in the columns' own order: what a unit of squared error in a column costs once the columns after it have
-    made up for it.
+    hessian: [in, in], mean of x x^T, damped. factored: its factor, columns by falling input power.
     """
 
     hessian: Tensor
     factored: Factor
-    cost: Tensor
 
 
 def factor_gram(gram: Tensor, damping: float = 0.03) -> Curvature:
@@ -38,7 +35,7 @@ def factor_gram(gram: Tensor, damping: float = 0.03) -> Curvature:
     diagonal[diagonal <= 0] = mean
     factored = factor_hessian(hessian, torch.argsort(diagonal, descending=True, stable=True), damping * mean.item())
     diagonal.add_(factored.damp)
-    return Curvature(hessian, factored, factored.cost())
+    return Curvature(hessian, factored)
 
 
 def toward_original(weights: Tensor, curvature: Curvature, cross: Tensor, share: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Second-order rounding onto ggml's grids: smaller layer output errors in the same bytes.
 
 Every row minimizes (w - q) H (w - q)^T, with H the Hessian of the layer's inputs, over everything that its blocks store:
-1. a grid from ggml's own search, told what an error in each column costs (see Curvature.cost);
+1. a grid from ggml's own search, told what an error in each column costs (see Factor.cost);
 2. GPTQ's column loop onto that fixed grid (Frantar et al. 2022), the strongest inputs first;
 3. sweeps of exact coordinate descent: super-block scale and minimum (two unknowns, closed form, rounded to float16),
    the integer scale and minimum of every sub-block (closed form, rounded), then every code (QuantEase, Behdin et al.
@@ -69,7 +69,7 @@ def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
 def _quantize_rows(
     codec: Codec, weights: Tensor, curvature: Curvature, options: SecondOrderOptions
 ) -> tuple[Grid, Tensor]:
-    grid, nearest = _ggmls_own(codec, weights.contiguous(), curvature.cost)
+    grid, nearest = _ggmls_own(codec, weights.contiguous(), curvature.factored.cost)
     target = weights.T.contiguous()
     state = RowsState(codec, grid, target)
     state.set_levels(_round_columns(state, target, curvature))
