@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from lowbit.core.checkpoint.gguf_source import dequantized
 from lowbit.core.errors import CheckpointError
-from lowbit.core.statistics import InputStatistics
+from lowbit.core.statistics import InputStatistics, tensor_float32_products
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
-from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
+from lowbit.methods.kquants.second_order import CUDA_WEIGHTS, SecondOrderOptions, output_error, quantize, split
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.gguf_encode import Behind, GgufJob, read_ahead
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
@@ -30,7 +31,8 @@ _TIED_DAMPING = 0.05
 @dataclass(frozen=True)
 class SecondOrderRun:
     """A run over all blocks. linears: the layers to round, by module path. head: the output matrix's tensor, to be rounded
-    after them; where it is the token embedding too, that has been written before, for the blocks to be fed by."""
+    after them; where it is the token embedding too, that has been written before, for the blocks to be fed by. orders: the
+    order of each layer's rows in the last block, by its name there."""
 
     job: GgufJob
     model: StreamedModel
@@ -39,6 +41,7 @@ class SecondOrderRun:
     options: SecondOrderOptions
     head: str | None = None
     halves: HalvesFinder = field(default_factory=HalvesFinder)
+    orders: dict[str, Tensor] = field(default_factory=dict)
 
     def quantize(self, windows: Tensor) -> int:
         """Round all blocks on calibration token windows [samples, tokens]; returns how many blocks an earlier run had
@@ -123,14 +126,30 @@ class SecondOrderRun:
         """Round layers that share an input; `stored` gives their tensors' bytes in turn."""
         assert statistics.gram is not None
         curvature = factor_gram(statistics.gram, self.options.damping)
+        for together in self._at_once(linears):
+            dense = [self._dense(*next(stored)) for _ in together]
+            targets = [self._target(matrix, curvature, statistics) for matrix in dense]
+            codec = CODECS[self.job.types[together[0].tensor]]
+            target = targets[0] if len(targets) == 1 else torch.cat(targets)
+            found = quantize(codec.ggml_type, target, curvature, self.options)
+            for linear, matrix, part in zip(together, dense, split(*found, [len(each) for each in dense]), strict=True):
+                rounded = codec.dequantize(*part)
+                behind.write(linear.tensor, codec.pack(*part), _relative(matrix, rounded, curvature))
+                self._place(module, linear, weights, matrix, rounded)
+
+    def _at_once(self, linears: Sequence[LinearTensor]) -> list[list[LinearTensor]]:
+        """Neighbours of one type that a GPU rounds as one matrix, which leaves fewer of its processors idle; on a CPU every
+        layer by itself."""
+        runs: list[list[LinearTensor]] = []
         for linear in linears:
-            dense = self._dense(*next(stored))
-            type_name = self.job.types[linear.tensor]
-            grid, codes = quantize(type_name, self._target(dense, curvature, statistics), curvature, self.options)
-            codec = CODECS[type_name]
-            rounded = codec.dequantize(grid, codes)
-            behind.write(linear.tensor, codec.pack(grid, codes), _relative(dense, rounded, curvature))
-            self._place(module, linear, weights, dense, rounded)
+            alike = [*(runs[-1] if runs else []), linear]
+            size = sum(math.prod(self.job.source.tensors[each.tensor].shape) for each in alike)
+            fits = self.model.device.type == "cuda" and size <= CUDA_WEIGHTS
+            if runs and fits and len({self.job.types[each.tensor] for each in alike}) == 1:
+                runs[-1] = alike
+            else:
+                runs.append([linear])
+        return runs
 
     def _dense(self, tensor: str, stored: Tensor) -> Tensor:
         """A tensor's bytes as float32 on the device; they travel as they are stored."""
@@ -149,15 +168,28 @@ class SecondOrderRun:
         stored = weights[f"{linear.name}.weight"]
         if self.model.architecture.transposed:
             stored = stored.T
-        order = row_order(stored, dense)
+        order = self._row_order(linear.name, stored, dense)
         if order is None:
             raise CheckpointError(
                 f"{linear.tensor} is not {linear.path} with its rows moved: the converter changed its values",
                 hint="--refine imatrix, or none",
             )
         ordered = torch.empty_like(rounded)
-        ordered[order.to(rounded.device)] = rounded
+        ordered[order] = rounded
         place_weight(self.model, module, linear.name, ordered)
+
+    def _row_order(self, name: str, stored: Tensor, dense: Tensor) -> Tensor | None:
+        """row_order on the device; blocks are alike, and to look for rows takes far longer than to see that they are there."""
+        known = self.orders.get(name)
+        if known is not None and len(known) == len(stored) == len(dense):
+            moved = stored.to(torch.float16)[known]
+            if torch.equal(moved, dense.to(torch.float16)):
+                return known
+        order = row_order(stored, dense)
+        if order is None:
+            return None
+        self.orders[name] = order.to(dense.device)
+        return self.orders[name]
 
     def _restore(self, module: nn.Module, own: Mapping[str, LinearTensor], weights: Mapping[str, Tensor]) -> None:
         """Put what an earlier run wrote into the module."""
@@ -202,5 +234,6 @@ def _embedding_shape(model: StreamedModel) -> tuple[int, ...]:
 
 
 def _relative(weight: Tensor, rounded: Tensor, curvature: Curvature) -> float:
-    total = output_error(weight, torch.zeros_like(weight), curvature.hessian).sum().clamp_min(1e-30)
-    return (output_error(weight, rounded, curvature.hessian).sum() / total).item()
+    with tensor_float32_products(weight.device):
+        total = output_error(weight, torch.zeros_like(weight), curvature.hessian).sum().clamp_min(1e-30)
+        return (output_error(weight, rounded, curvature.hessian).sum() / total).item()

@@ -8,7 +8,7 @@ import torch
 from lowbit.methods.kquants.codec import CODECS
 from lowbit.methods.kquants.curvature import factor_gram
 from lowbit.methods.kquants.second_order import SecondOrderOptions, _quantize_rows
-from tests.methods.kquants.loops import KINDS, assert_same_as_loops
+from tests.methods.kquants.loops import KINDS, assert_same_compensation, assert_same_moves
 
 cpu_kernels = pytest.importorskip("lowbit.methods.kquants.cpu_kernels", reason="numba is not installed")
 
@@ -16,7 +16,8 @@ cpu_kernels = pytest.importorskip("lowbit.methods.kquants.cpu_kernels", reason="
 @pytest.mark.parametrize("rows", [40, 130])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_do_what_the_loops_do(kind: str, rows: int) -> None:
-    assert_same_as_loops(cpu_kernels, kind, "cpu", rows)
+    assert_same_compensation(cpu_kernels, kind, "cpu", rows)
+    assert_same_moves(cpu_kernels, kind, rows)
 
 
 @pytest.mark.parametrize("kind", ["Q3_K", "Q4_K"])

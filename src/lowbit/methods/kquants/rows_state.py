@@ -7,12 +7,15 @@ where a type without integer scales has codes of one, and a type without minimum
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowbit.methods.kquants.codec import Codec
 from lowbit.methods.kquants.grid import Grid, nearest_level
 from lowbit.methods.kquants.loops import kernels_for
+from lowbit.methods.kquants.pair import Pair
 
 # what the integer scales of a sub-block can hold
 _SCALE_CODES = {
@@ -25,7 +28,7 @@ class RowsState:
 
     def __init__(self, codec: Codec, grid: Grid, target: Tensor, codes: Tensor | None = None) -> None:
         self.codec, self.target = codec, target
-        self.kernels = kernels_for(target) if codec.uniform else None
+        self.kernels: Any = kernels_for(target) if codec.uniform else None
         # MXFP4 has its levels in the order of its bits, and zero twice
         self.ascending = tuple(sorted(set(codec.levels)))
         self.by_code = torch.tensor(codec.levels, dtype=torch.float32, device=target.device)
@@ -105,6 +108,8 @@ class RowsState:
 
         Returns by how much the error of all rows together grew.
         """
+        if self.codec.uniform and self.target.is_cuda:
+            return self.sweep_fused(hessian)
         residual = self.target - self.dequantize()
         grown = torch.zeros((), device=residual.device)
         for block in range(self.d.shape[0]):
@@ -126,6 +131,22 @@ class RowsState:
             grown += (delta * ((own @ delta).sub_(arrived, alpha=2))).sum()
             residual[span] -= delta
         return grown
+
+    def sweep_fused(self, hessian: Tensor) -> Tensor:
+        """The same, one kernel for each 256 columns."""
+        from lowbit.methods.kquants import sweep_kernels
+
+        blocks = sweep_kernels.Blocks(
+            self.levels,
+            self.d,
+            self.dmin,
+            self.scale_codes,
+            self.min_codes,
+            self.empty,
+            (self.codec.levels[0], self.codec.levels[-1]),
+            _SCALE_CODES.get(self.codec.ggml_type, (0, 0)),
+        )
+        return sweep_kernels.sweep(blocks, self.target - self.dequantize(), hessian).sum()
 
     def _dequantize_block(self, block: int) -> Tensor:
         span = slice(block * self.block, (block + 1) * self.block)
@@ -160,7 +181,7 @@ class RowsState:
             across = -torch.ones_like(levels)
             if self.min_codes is not None:
                 across = -self.min_codes[subs].repeat_interleave(self.sub, 0)
-        pair = _Pair(along, across, own, gradient)
+        pair = Pair(along, across, own, gradient)
         step, step_min = pair.solution()
         d = (self.d[block] + step).half().float()
         dmin = None if self.dmin is None else (self.dmin[block] + step_min).half().float()
@@ -235,7 +256,7 @@ class RowsState:
         across = None
         if self.dmin is not None and self.min_codes is not None:
             across = (-self.dmin[block]).expand_as(levels)
-        pair = _Pair(along, across, square, local)
+        pair = Pair(along, across, square, local)
         step, _ = pair.solution()
         old = self.scale_codes[index]
         new = (old + step).round().clamp(low, high)
@@ -255,48 +276,6 @@ class RowsState:
             self.min_codes[index] += moved_min
             delta += across * moved_min
         local.addmm_(square, delta, alpha=-1)
-
-
-class _Pair:
-    """The error as a quadratic in two unknowns a row: q moves by x * along + y * across. All [n, out]."""
-
-    def __init__(self, along: Tensor, across: Tensor | None, hessian: Tensor, gradient: Tensor) -> None:
-        turned = hessian @ along
-        self.pull = (along * gradient).sum(0)
-        self.stiff = (along * turned).sum(0)
-        self.across = across is not None
-        if across is not None:
-            self.pull_across = (across * gradient).sum(0)
-            self.mixed = (across * turned).sum(0)
-            self.stiff_across = (across * (hessian @ across)).sum(0)
-
-    def solution(self) -> tuple[Tensor, Tensor]:
-        """Both unknowns at the minimum; where only one direction exists, that one."""
-        alone = _safe(self.pull, self.stiff)
-        if not self.across:
-            return alone, torch.zeros_like(alone)
-        determinant = self.stiff * self.stiff_across - self.mixed.square()
-        solvable = determinant > 1e-6 * self.stiff * self.stiff_across
-        x = _safe(self.pull * self.stiff_across - self.pull_across * self.mixed, determinant)
-        y = _safe(self.pull_across * self.stiff - self.pull * self.mixed, determinant)
-        only = _safe(self.pull_across, self.stiff_across)
-        both = torch.where(self.stiff > 0, alone, 0.0)
-        return torch.where(solvable, x, both), torch.where(solvable, y, torch.where(self.stiff > 0, 0.0, only))
-
-    def second(self, x: Tensor) -> Tensor:
-        """The best y for a given x."""
-        return _safe(self.pull_across - x * self.mixed, self.stiff_across)
-
-    def change(self, x: Tensor, y: Tensor | float) -> Tensor:
-        """By how much the error grows."""
-        grown = x * (x * self.stiff - 2 * self.pull)
-        if not self.across:
-            return grown
-        return grown + y * (y * self.stiff_across - 2 * self.pull_across + 2 * x * self.mixed)
-
-
-def _safe(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
 def _columns(grid_part: Tensor) -> Tensor:

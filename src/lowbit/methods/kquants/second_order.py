@@ -13,12 +13,14 @@ Tensors are column-major in here, [in, out], so that one column of the matrix is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.core.statistics import tensor_float32_products
 from lowbit.methods.kquants.codec import CODECS, Codec
 from lowbit.methods.kquants.curvature import Curvature
 from lowbit.methods.kquants.grid import Grid
@@ -27,7 +29,8 @@ from lowbit.methods.kquants.rows_state import RowsState
 
 _LAZY = 128
 _CHUNK_ROWS = 1024  # enough work a call, small enough for all cores to have some
-_CUDA_CHUNK_WEIGHTS = 1 << 27
+# weights that a GPU rounds at a time: about a dozen float32 copies of them are in its memory
+CUDA_WEIGHTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def quantize(
     options = options or SecondOrderOptions()
     codec = CODECS[type_name]
     if weights.is_cuda:
-        pieces = torch.split(weights, max(1, _CUDA_CHUNK_WEIGHTS // weights.shape[1]))
+        pieces = torch.chunk(weights, -(-weights.numel() // CUDA_WEIGHTS))
         parts = [_quantize_rows(codec, rows, curvature, options) for rows in pieces]
     else:
         # rows are independent, and calls on columns too small to be divided: cores take a piece each. How rows are
@@ -58,6 +61,18 @@ def quantize(
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = list(pool.map(lambda rows: _quantize_rows(codec, rows, curvature, options), pieces))
     return _join([grid for grid, _ in parts]), torch.cat([codes for _, codes in parts])
+
+
+def split(grid: Grid, codes: Tensor, rows: Sequence[int]) -> list[tuple[Grid, Tensor]]:
+    """Grid and codes of matrices that were rounded as one, `rows` each."""
+
+    def pieces(part: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(rows) if part is None else torch.split(part, list(rows))
+
+    parts = zip(
+        torch.split(grid.d, list(rows)), *map(pieces, (grid.dmin, grid.scale_codes, grid.min_codes)), strict=True
+    )
+    return [(Grid(*part), own) for part, own in zip(parts, torch.split(codes, list(rows)), strict=True)]
 
 
 def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
@@ -75,7 +90,8 @@ def _quantize_rows(
     state.set_levels(_round_columns(state, target, curvature))
     # rows that compensation did not help (few columns matter, or the grid is exact) start from nearest
     rounded = RowsState(codec, grid, target, nearest)
-    error, plain = state.error(curvature.hessian), rounded.error(curvature.hessian)
+    with tensor_float32_products(weights.device):
+        error, plain = state.error(curvature.hessian), rounded.error(curvature.hessian)
     state.set_levels(torch.where(error <= plain, state.levels, rounded.levels))
     before = torch.minimum(error, plain).sum()
     for _ in range(options.sweeps):
