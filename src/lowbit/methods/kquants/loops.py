@@ -1,4 +1,4 @@
-"""Which compiled loops there are for second-order rounding; without any, rows_state.py and second_order.py have their own."""
+"""Which compiled loops there are; without any, the modules that ask have their own in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lowbit.methods.compiling import available
 
 
 def kernels_for(tensor: Tensor) -> Any:
-    """The module with this tensor's loops: Triton's on a GPU, numba's on a CPU; None where numba is not installed."""
+    """The module with this tensor's loops of second-order rounding: Triton's on a GPU, numba's on a CPU; None where numba is
+    not installed."""
     if tensor.is_cuda:
         from lowbit.methods.kquants import kernels
 
@@ -20,3 +21,12 @@ def kernels_for(tensor: Tensor) -> Any:
     from lowbit.methods.kquants import cpu_kernels
 
     return cpu_kernels
+
+
+def searches_for(tensor: Tensor) -> Any:
+    """The module with this tensor's scale searches: Triton's on a GPU, None elsewhere."""
+    if not tensor.is_cuda:
+        return None
+    from lowbit.methods.kquants import search_kernels
+
+    return search_kernels

@@ -1,7 +1,8 @@
 """Scale searches over affine grids: ggml's make_qkx2_quants, make_qkx3_quants and make_qp_quants.
 
 Every function takes element-major tensors `[n elements of a sub-block, B sub-blocks]` (float32) and treats the B
-sub-blocks independently. Nothing is returned that can be recomputed: codes come from `AffineFit.codes`.
+sub-blocks independently. Nothing is returned that can be recomputed: codes come from `AffineFit.codes`. On a GPU
+search_kernels.py does the same in one launch.
 Source: llama.cpp, ggml/src/ggml-quants.c.
 """
 
@@ -23,6 +24,7 @@ from lowbit.methods.kquants.arithmetic import (
     sequential_sum,
     wrap_uint8,
 )
+from lowbit.methods.kquants.loops import searches_for
 
 SLICE_WEIGHTS = 1 << 17  # larger slices leave the CPU's caches, smaller ones drown in calls
 CUDA_SLICE_WEIGHTS = 1 << 25  # a GPU wants few, long calls
@@ -59,9 +61,11 @@ class AffineFit:
 
 def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> AffineFit:
     """Weighted least-squares scale and minimum of every sub-block (make_qkx2_quants / make_qkx3_quants)."""
+    kernels = searches_for(x)
+    search_slice = _search_affine_slice if kernels is None else kernels.search_affine
     width = (CUDA_SLICE_WEIGHTS if x.is_cuda else SLICE_WEIGHTS) // x.shape[0]
     parts = [
-        _search_affine_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous(), search)
+        search_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous(), search)
         for at in range(0, x.shape[1], width)
     ]
     return AffineFit(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -134,6 +138,10 @@ def search_positive(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tenso
 
     Used for the scales and minimums of a super-block when importance is given.
     """
+    kernels = searches_for(x)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.search_positive(x.contiguous(), weights.contiguous(), top)
+        return found
     largest = torch.zeros_like(x[0])
     for row in x.unbind(0):
         largest = torch.where(largest > row, largest, row)

@@ -1,0 +1,98 @@
+"""The GPU's searches against the PyTorch ones, number for number: on a GPU, or in Triton's interpreter where Triton is
+installed without one. (test_codecs.py compares the bytes that come of them with ggml's, on either device.)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.methods.kquants import search, symmetric
+from lowbit.methods.kquants.search import AffineSearch
+
+from .distributions import DISTRIBUTIONS, generator
+
+triton = pytest.importorskip("triton")
+
+LANES = 6  # of every distribution: together they fill one program
+AFFINE = [
+    (32, AffineSearch(15, -1.0, 0.1, 20)),
+    (16, AffineSearch(3, -0.5, 0.1, 15, absolute_error=True)),
+    (16, AffineSearch(31, -0.9, 0.05, 36)),
+]
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU here; TRITON_INTERPRET=1 runs this without one")
+    return "cpu"
+
+
+def sub_blocks(n: int) -> Tensor:
+    """[n, B] of every distribution."""
+    parts = [make(generator(name)).flatten()[: n * LANES].view(LANES, n) for name, make in DISTRIBUTIONS.items()]
+    return torch.cat(parts).T.contiguous()
+
+
+def some_weights(x: Tensor) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return x.abs().clamp_(max=1e18) * torch.rand(x.shape, generator=g) * (torch.rand(x.shape, generator=g) < 0.8)
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("n", "wanted"), AFFINE)
+def test_affine(n: int, wanted: AffineSearch, device: str) -> None:
+    from lowbit.methods.kquants import search_kernels
+
+    x = sub_blocks(n)
+    w = some_weights(x)
+    found = search_kernels.search_affine(x.to(device), w.to(device), wanted)
+    assert_same(found, search._search_affine_slice(x, w, wanted))
+
+
+@pytest.mark.parametrize(("n", "half"), [(16, 32), (16, 4), (32, 8)])
+def test_symmetric(n: int, half: int, device: str) -> None:
+    from lowbit.methods.kquants import search_kernels
+
+    x = sub_blocks(n)
+    for w in (x * x, some_weights(x)):
+        found = search_kernels.search_symmetric(x.to(device), w.to(device), half)
+        assert_same(found, symmetric._search_symmetric_slice(x, w, half))
+
+
+def test_descending(device: str) -> None:
+    from lowbit.methods.kquants import search_kernels
+
+    x = sub_blocks(16)
+    found = search_kernels.search_descending(x.to(device), 4)
+    assert_same(found, symmetric._search_descending_slice(x, 4))
+
+
+@pytest.mark.parametrize(("n", "top"), [(8, 63), (16, 15)])
+def test_positive(n: int, top: int, device: str) -> None:
+    from lowbit.methods.kquants import search_kernels
+
+    x = sub_blocks(n).abs()
+    w = some_weights(x)
+    found = search_kernels.search_positive(x.to(device), w.to(device), top)
+    assert_same(found, search.search_positive(x, w, top))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ, reason="runs as it is")
+def test_the_same_in_the_interpreter() -> None:
+    """Triton reads its setting at import, so the interpreter needs a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "." * 9 in done.stdout, done.stdout[-2000:]
