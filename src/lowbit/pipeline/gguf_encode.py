@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -16,7 +17,9 @@ from lowbit.formats.gguf_imatrix import Importance, means_of
 from lowbit.methods.kquants import encode
 from lowbit.pipeline.gguf_writer import GgufWriter
 from lowbit.pipeline.journal import Journal
+from lowbit.pipeline.staging import Download, Upload
 
+_CPU = torch.device("cpu")
 _SYNC_BYTES = 256 * 2**20
 
 
@@ -68,54 +71,76 @@ def encode_tensors(
     for _ in range(len(names) - len(wanted)):
         job.progress.advance()
     with Behind(job, provisional) as behind:
-        for name, stored in read_ahead(job.source, wanted):
+        for name, stored in read_ahead(job.source, wanted, job.device):
             job.progress.note(f"{name} as {job.types[name]}")
             behind.write(name, _encoded(job, name, stored, importance or {}))
             job.progress.advance()
 
 
-def read_ahead(source: GgufSource, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors' bytes; while one is worked on, the next is read."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+def read_ahead(source: GgufSource, names: Sequence[str], device: torch.device = _CPU) -> Iterator[tuple[str, Tensor]]:
+    """Tensors' bytes on the device; while one is worked on, the next is read."""
+    with _reader(source, device) as stored, ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         coming: Future[Tensor] | None = None
         for name, after in zip_longest(names, names[1:]):
-            stored = coming.result() if coming else source.stored(name)
-            coming = reader.submit(source.stored, after) if after else None
-            yield name, stored
+            data = coming.result() if coming else stored(name)
+            coming = reader.submit(stored, after) if after else None
+            if data.is_cuda:  # it came on a stream of its own
+                data.record_stream(torch.cuda.current_stream(device))
+            yield name, data
+
+
+@contextmanager
+def _reader(source: GgufSource, device: torch.device) -> Iterator[Callable[[str], Tensor]]:
+    if device.type != "cuda":
+        yield source.stored
+        return
+    with Upload(source, device) as upload:
+        yield upload.stored
 
 
 class Behind:
-    """Writes tensors while the next is encoded; they count as done once they are safely on disk. A context manager: at its
-    end all are, unless something was raised. Raises OutputError, for what was begun before too."""
+    """Writes tensors while the next is encoded, brings them from the GPU before, and makes what was written safe on disk
+    meanwhile; then they count as done. A context manager: at its end all are, unless something was raised. Raises
+    OutputError, for what was begun before too."""
 
     def __init__(self, job: GgufJob, provisional: Sequence[str] = ()) -> None:
         self.job, self.provisional = job, provisional
         self.waiting: dict[str, float | None] = {}
         self.size = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._begun: Future[None] | None = None
+        self._download = Download(job.device) if job.device.type == "cuda" else None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._written: Future[None] | None = None
+        self._saved: Future[None] | None = None
 
     def __enter__(self) -> Behind:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._thread.shutdown()
+        self._writer.shutdown()
+        self._saver.shutdown()
         if kind is None:
-            self._wait()
+            _wait(self._written)
+            _wait(self._saved)
             self.job.done(self.waiting)
 
     def write(self, name: str, data: Tensor, error: float | None = None) -> None:
         """Begin to write a tensor's bytes, uint8; error: its relative output error where that was measured."""
-        self._wait()
-        self._begun = self._thread.submit(self._write, name, data, error)
+        _wait(self._written)
+        data = data.contiguous()
+        ready = torch.cuda.current_stream(data.device).record_event() if data.is_cuda else None
+        self._written = self._writer.submit(self._write, name, data, ready, error)
 
     def finish(self) -> None:
         """Begin to make what was written count as done."""
-        self._wait()
-        self._begun = self._thread.submit(self._finish)
+        _wait(self._written)
+        self._written = self._writer.submit(self._finish)
 
-    def _write(self, name: str, data: Tensor, error: float | None) -> None:
-        self.job.writer.write(name, data)
+    def _write(self, name: str, data: Tensor, ready: torch.cuda.Event | None, error: float | None) -> None:
+        if ready is None or self._download is None:
+            self.job.writer.write(name, data)
+        else:
+            self.job.writer.write_pieces(name, self._download.pieces(data, ready))
         if name not in self.provisional:
             self.waiting[name] = error
         self.size += data.numel()
@@ -123,20 +148,26 @@ class Behind:
             self._finish()
 
     def _finish(self) -> None:
-        self.job.done(self.waiting)
+        _wait(self._saved)  # what is not on the disk yet stays bounded
+        self._saved = self._saver.submit(self._save, self.waiting)
         self.waiting, self.size = {}, 0
 
-    def _wait(self) -> None:
-        if self._begun is not None:
-            self._begun.result()
+    def _save(self, reports: Mapping[str, float | None]) -> None:
+        self.job.done(reports)
+        self.job.writer.hash_ahead()
+
+
+def _wait(begun: Future[None] | None) -> None:
+    if begun is not None:
+        begun.result()
 
 
 def _encoded(job: GgufJob, name: str, stored: Tensor, importance: Mapping[str, Importance]) -> Tensor:
-    """A tensor's bytes in its new type, uint8 [nbytes]."""
+    """A tensor's bytes in its new type, uint8 of any shape, on the job's device."""
     tensor = job.source.tensors[name]
     if tensor.ggml_type == job.types[name]:
         return stored
-    dense = dequantized(stored.to(job.device), tensor)
+    dense = dequantized(stored, tensor)
     columns = tensor.shape[-1]
     matrices = dense.view(-1, *tensor.shape[-2:]) if len(tensor.shape) > 2 else dense.view(1, -1, columns)
     means = means_of(importance, name, len(matrices), columns)
@@ -144,4 +175,4 @@ def _encoded(job: GgufJob, name: str, stored: Tensor, importance: Mapping[str, I
         encode(job.types[name], matrix, None if means is None else means[at].to(job.device))
         for at, matrix in enumerate(matrices)
     ]
-    return torch.cat(parts).cpu().view(-1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

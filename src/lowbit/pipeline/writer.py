@@ -122,6 +122,11 @@ class Digest:
         self.file = file
         self._hash, self._end = hashlib.sha256(), 0
 
+    @property
+    def end(self) -> int:
+        """How many bytes have been hashed."""
+        return self._end
+
     def changed(self, offset: int) -> None:
         """Bytes from `offset` on are others now: what was hashed of them does not count."""
         if offset < self._end:

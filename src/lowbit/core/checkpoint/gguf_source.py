@@ -72,16 +72,25 @@ class GgufSource:
 
     def stored(self, name: str) -> Tensor:
         """A tensor's bytes, uint8 [nbytes]. Raises CheckpointError."""
-        tensor = self.tensors[name]
+        data = torch.from_numpy(np.empty(self.tensors[name].nbytes, dtype=np.uint8))
+        self.read_into(name, 0, data)
+        return data
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, contiguous uint8 on the CPU, with a tensor's bytes from number `start` on. Raises CheckpointError."""
+        tensor, file = self.tensors[name], self._places[name]
         if self.wait_for is not None:
-            self.wait_for(tensor.offset + tensor.nbytes)
+            self.wait_for(tensor.offset + start + len(out))
+        left = memoryview(out.numpy().data)
         try:
-            data = np.fromfile(self._places[name], dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(tensor.offset + start)
+                while left and (count := stream.readinto(left)):
+                    left = left[count:]
         except OSError as error:
-            raise CheckpointError(f"{self._places[name]} cannot be read: {error.strerror}") from error
-        if len(data) != tensor.nbytes:
-            raise CheckpointError(f"{self._places[name]} became shorter while it was read")
-        return torch.from_numpy(data)
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        if left:
+            raise CheckpointError(f"{file} became shorter while it was read")
 
     def dense(self, name: str) -> Tensor:
         """A tensor dequantized, float32. Raises CheckpointError for a type that cannot be read."""

@@ -36,10 +36,12 @@ def divide(numerator: Tensor, denominator: float) -> Tensor:
 
 
 def exact_sqrt_(values: Tensor) -> Tensor:
-    """In place square root, correctly rounded: torch's own is up to one unit off on CPUs (it calls MKL).
+    """In place square root, correctly rounded: torch's own is up to one unit off on CPUs (it calls MKL), not on GPUs.
 
     The square root of a float32 is never close enough to a rounding boundary for the way over float64 to matter.
     """
+    if values.is_cuda:
+        return values.sqrt_()
     for piece in torch.split(values.view(-1), 1 << 16):
         piece.copy_(piece.to(torch.float64).sqrt_())
     return values
