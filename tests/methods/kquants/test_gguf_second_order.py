@@ -10,7 +10,7 @@ from lowbit.core.errors import CalibrationError
 from lowbit.methods.kquants import CODECS, decode, encode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram
 from lowbit.methods.kquants.rows_state import RowsState
-from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize
+from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize, split
 
 TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"]
 ROWS, COLUMNS = 24, 512
@@ -124,6 +124,15 @@ def test_the_gram_matrix_is_left_as_it_was(gram: Tensor) -> None:
 def test_a_hessian_that_cannot_be_factored_is_refused() -> None:
     with pytest.raises(CalibrationError):
         factor_gram(torch.full((32, 32), torch.nan))
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q5_1"])
+def test_matrices_rounded_as_one_are_what_they_are_alone(type_name: str, gram: Tensor) -> None:
+    weight, curvature, options = weights(), factor_gram(gram), SecondOrderOptions(sweeps=1)
+    parts = split(*quantize(type_name, weight, curvature, options), [10, ROWS - 10])
+    for own, (grid, codes) in zip((weight[:10], weight[10:]), parts, strict=True):
+        alone = CODECS[type_name].dequantize(*quantize(type_name, own, curvature, options))
+        torch.testing.assert_close(CODECS[type_name].dequantize(grid, codes), alone)
 
 
 @pytest.mark.parametrize("type_name", TYPES)

@@ -12,13 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit.methods.kquants.pair_kernels import nearest
+
 _ROWS = 16
-
-
-@triton.jit
-def _nearest(value, low, high):  # type: ignore[no-untyped-def]  # Triton's
-    # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
-    return tl.minimum(tl.maximum(value, low), high) + 12582912.0 - 12582912.0
 
 
 @triton.jit
@@ -43,7 +39,7 @@ def _compensate(  # type: ignore[no-untyped-def]  # Triton's
         u = tl.load(factor + j * stride + column, mask=given & (column >= j), other=0.0)
         u_jj = tl.sum(tl.where(column == j, u, 0.0), axis=0)
         ratio = tl.where(s_j == 0.0, 0.0, (w_j + m_j) / tl.where(s_j == 0.0, 1.0, s_j))
-        level = _nearest(ratio, low, high)
+        level = nearest(ratio, low, high)
         error = (w_j - (s_j * level - m_j)) / tl.where(u_jj == 0.0, 1.0, u_jj)  # 0 only past the last column
         w -= u[:, None] * error[None, :]
         found = tl.where(here, level[None, :], found)

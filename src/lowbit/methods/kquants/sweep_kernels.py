@@ -1,4 +1,4 @@
-"""A sweep of second-order rounding on a GPU: a product and one kernel launch for each 256 columns.
+"""A sweep of second-order rounding on a GPU: a share of a product and one kernel launch for each 256 columns.
 
 Columns depend on each other, rows do not: a program takes a few rows down all columns of the block, with one sub-block of
 them at a time in registers. What a sub-block must know of those before it, it asks for as a product with what they moved
@@ -15,10 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit.methods.kquants.pair_kernels import move_floats, move_integers, nearest
+
+# columns of a product: of one launch's alone they would leave processors idle
+_WIDE = 512
 # columns that a launch goes down, and those of earlier sub-blocks that are asked for at a time
 _BLOCK, _REACH = 256, 32
 # one warp for few rows: sums over columns then need no barrier, and a matrix of 4,096 rows still fills all processors
-_ROWS, _WARPS = 16, 1
+_ROWS, _WARPS, _STAGES = 16, 1, 1
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,29 @@ def sweep(blocks: Blocks, residual: Tensor, hessian: Tensor) -> Tensor:
     columns, rows = residual.shape
     sub = columns // len(blocks.empty)
     grown = residual.new_zeros(rows)
-    gradient, moved = residual.new_empty(_BLOCK, rows), residual.new_empty(_BLOCK, rows)
+    gradient, change = residual.new_empty(_WIDE, rows), residual.new_empty(_WIDE, rows)
+    moved = residual.new_empty(_BLOCK, rows)
     turned, turned_across = _turned(blocks, hessian)
     nothing = gradient  # a pointer that the kernel does not follow
     given = [
         nothing if part is None else part
         for part in (turned, turned_across, blocks.d, blocks.dmin, blocks.scale_codes, blocks.min_codes)
     ]
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
+    for start in range(0, columns, _WIDE):
+        stop = min(start + _WIDE, columns)
         torch.mm(hessian[start:stop], residual, out=gradient[: stop - start])
-        _sweep_block[(triton.cdiv(rows, _ROWS),)](
-            gradient, moved, residual, hessian, blocks.levels, *given, blocks.empty, grown,
-            start, stop - start, columns, rows, *blocks.level_range, *blocks.code_range,
-            SCALED=blocks.scale_codes is not None, AFFINE=blocks.dmin is not None, BLOCK=_BLOCK, N=sub, REACH=_REACH,
-            R=_ROWS, num_warps=_WARPS, num_stages=1,
-        )  # fmt: skip
+        for first in range(start, stop, _BLOCK):
+            last = min(first + _BLOCK, stop)
+            here = slice(first - start, last - start)
+            if first > start:
+                gradient[here].addmm_(hessian[first:last, start:first], change[: first - start], alpha=-1)
+            _sweep_block[(triton.cdiv(rows, _ROWS),)](
+                gradient[here], moved, change[here], hessian, blocks.levels, *given, blocks.empty, grown,
+                first, last - first, columns, rows, *blocks.level_range, *blocks.code_range,
+                SCALED=blocks.scale_codes is not None, AFFINE=blocks.dmin is not None, BLOCK=_BLOCK, N=sub,
+                REACH=_REACH, R=_ROWS, num_warps=_WARPS, num_stages=_STAGES,
+            )  # fmt: skip
+        residual[start:stop] -= change[: stop - start]
     return grown
 
 
@@ -84,67 +95,6 @@ def _turned(blocks: Blocks, hessian: Tensor) -> tuple[Tensor | None, Tensor | No
 
 
 @triton.jit
-def _safe(numerator, denominator):  # type: ignore[no-untyped-def]  # Triton's
-    usable = denominator > 0.0
-    return tl.where(usable, numerator / tl.where(usable, denominator, 1.0), 0.0)
-
-
-@triton.jit
-def _nearest(value, low, high):  # type: ignore[no-untyped-def]  # Triton's
-    # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
-    return tl.minimum(tl.maximum(value, low), high) + 12582912.0 - 12582912.0
-
-
-@triton.jit
-def _solution(pull, stiff, pull_across, mixed, stiff_across):  # type: ignore[no-untyped-def]  # Triton's
-    """_Pair.solution."""
-    determinant = stiff * stiff_across - mixed * mixed
-    solvable = determinant > 1e-6 * stiff * stiff_across
-    some = stiff > 0.0
-    x = _safe(pull * stiff_across - pull_across * mixed, determinant)
-    y = _safe(pull_across * stiff - pull * mixed, determinant)
-    alone = tl.where(some, _safe(pull, stiff), 0.0)
-    return tl.where(solvable, x, alone), tl.where(solvable, y, tl.where(some, 0.0, _safe(pull_across, stiff_across)))
-
-
-@triton.jit
-def _growth(x, y, pull, stiff, pull_across, mixed, stiff_across):  # type: ignore[no-untyped-def]  # Triton's
-    """_Pair.change."""
-    return x * (x * stiff - 2 * pull) + y * (y * stiff_across - 2 * pull_across + 2 * x * mixed)
-
-
-@triton.jit
-def _move_floats(d, dmin, pull, stiff, pull_across, mixed, stiff_across, AFFINE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
-    """By how much d and dmin move, as float16 holds them, and by how much the error grows; 0 where it would not fall."""
-    x, y = _solution(pull, stiff, pull_across, mixed, stiff_across)
-    new = (d + x).to(tl.float16).to(tl.float32)
-    usable = (tl.abs(new) < float("inf")) & (new != 0.0) & (d != 0.0)
-    x = new - d
-    if AFFINE:
-        new_min = (dmin + y).to(tl.float16).to(tl.float32)
-        usable = usable & (tl.abs(new_min) < float("inf"))
-        y = new_min - dmin
-    grown = _growth(x, y, pull, stiff, pull_across, mixed, stiff_across)
-    better = usable & (grown < 0.0)
-    return tl.where(better, x, 0.0), tl.where(better, y, 0.0), tl.where(better, grown, 0.0)
-
-
-@triton.jit
-def _move_integers(  # type: ignore[no-untyped-def]  # Triton's
-    sc, mc, blank, low, high, pull, stiff, pull_across, mixed, stiff_across, AFFINE: tl.constexpr
-):  # fmt: skip
-    """By how much a sub-block's integer scale and minimum move; 0 where the error would not fall."""
-    x, _ = _solution(pull, stiff, pull_across, mixed, stiff_across)
-    new = _nearest(sc + x, low, high)
-    x = new - sc
-    y = tl.zeros_like(x)
-    if AFFINE:
-        y = _nearest(mc + _safe(pull_across - x * mixed, stiff_across), low, high) - mc
-    better = (_growth(x, y, pull, stiff, pull_across, mixed, stiff_across) < 0.0) & (new != 0.0) & (blank == 0)
-    return tl.where(better, x, 0.0), tl.where(better, y, 0.0)
-
-
-@triton.jit
 def _walk(g, x, own, columns, scale, low, high, N: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
     """One code after the other to its best value; gradient and levels [N, R] after that."""
     column = tl.arange(0, N)
@@ -155,15 +105,42 @@ def _walk(g, x, own, columns, scale, low, high, N: tl.constexpr):  # type: ignor
         power = tl.load(own + j * columns + j)
         g_j = tl.sum(tl.where(here, g, 0.0), axis=0)
         x_j = tl.sum(tl.where(here, x, 0.0), axis=0)
-        level = _nearest(x_j + g_j * (inverse * (1.0 / power)), low, high)
+        level = nearest(x_j + g_j * (inverse * (1.0 / power)), low, high)
         g -= h[:, None] * ((level - x_j) * scale)[None, :]
         x = tl.where(here, level[None, :], x)
     return g, x
 
 
+@triton.jit
+def _super_block(  # type: ignore[no-untyped-def]  # Triton's
+    gradient, levels, turned, turned_across, scale_codes, min_codes, row, rows,
+    AFFINE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The error as a quadratic in d and dmin of a super-block, as in Pair."""
+    real = row < rows
+    column = tl.arange(0, N)
+    zero = tl.zeros((R,), dtype=tl.float32)
+    pull, stiff, pull_across, mixed, stiff_across = zero, zero, zero, zero, zero
+    for s in range(BLOCK // N):
+        place = (s * N + column)[:, None] * rows + row[None, :]
+        g = tl.load(gradient + place, mask=real[None, :], other=0.0)
+        x = tl.load(levels + place, mask=real[None, :], other=0.0)
+        t = tl.load(turned + place, mask=real[None, :], other=0.0)
+        sc = tl.load(scale_codes + s * rows, mask=real, other=0.0)
+        pull += sc * tl.sum(x * g, axis=0)
+        stiff += sc * tl.sum(x * t, axis=0)
+        if AFFINE:
+            mc = tl.load(min_codes + s * rows, mask=real, other=0.0)
+            ta = tl.load(turned_across + place, mask=real[None, :], other=0.0)
+            pull_across -= mc * tl.sum(g, axis=0)
+            mixed -= mc * tl.sum(t, axis=0)
+            stiff_across -= mc * tl.sum(ta, axis=0)
+    return pull, stiff, pull_across, mixed, stiff_across
+
+
 @triton.jit(do_not_specialize=["start"])
 def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
-    gradient, moved, residual, hessian, levels, turned, turned_across, d, dmin, scale_codes, min_codes, empty, grown,
+    gradient, moved, change, hessian, levels, turned, turned_across, d, dmin, scale_codes, min_codes, empty, grown,
     start, width, columns, rows, low, high, code_low, code_high,
     SCALED: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, REACH: tl.constexpr,
     R: tl.constexpr,
@@ -176,37 +153,29 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
     at = start.to(tl.int64)
     hessian += at * columns + at
     levels += at * rows
-    residual += at * rows
     turned += at * rows
     turned_across += at * rows
     scales = start // N * rows + row  # of the first sub-block
     zero = tl.zeros((R,), dtype=tl.float32)
-    total, d_row, dmin_row, d_step, dmin_step = zero, zero, zero, zero, zero
-    d_before, dmin_before = zero, zero
+    total = tl.load(grown + row, mask=real, other=0.0)
+    d_before, d_step, d_row = zero, zero, zero
+    dmin_before, dmin_step, dmin_row = zero, zero, zero
 
     if SCALED:
-        pull, stiff, pull_across, mixed, stiff_across = zero, zero, zero, zero, zero
-        for s in range(BLOCK // N):
-            place = (s * N + column)[:, None] * rows + row[None, :]
-            g = tl.load(gradient + place, mask=inside, other=0.0)
-            x = tl.load(levels + place, mask=inside, other=0.0)
-            t = tl.load(turned + place, mask=inside, other=0.0)
-            sc = tl.load(scale_codes + scales + s * rows, mask=real, other=0.0)
-            pull += sc * tl.sum(x * g, axis=0)
-            stiff += sc * tl.sum(x * t, axis=0)
-            if AFFINE:
-                mc = tl.load(min_codes + scales + s * rows, mask=real, other=0.0)
-                ta = tl.load(turned_across + place, mask=inside, other=0.0)
-                pull_across -= mc * tl.sum(g, axis=0)
-                mixed -= mc * tl.sum(t, axis=0)
-                stiff_across -= mc * tl.sum(ta, axis=0)
+        pull, stiff, pull_across, mixed, stiff_across = _super_block(
+            gradient, levels, turned, turned_across, scale_codes + scales, min_codes + scales, row, rows,
+            AFFINE, BLOCK, N, R,
+        )  # fmt: skip
         floats = start // BLOCK * rows + row
         d_before = tl.load(d + floats, mask=real, other=0.0)
         if AFFINE:
             dmin_before = tl.load(dmin + floats, mask=real, other=0.0)
-        d_step, dmin_step, total = _move_floats(
+        # threads hold copies of what belongs to a row: all must have read before one writes, here and below
+        tl.debug_barrier()
+        d_step, dmin_step, fallen = move_floats(
             d_before, dmin_before, pull, stiff, pull_across, mixed, stiff_across, AFFINE
         )
+        total += fallen
         d_row, dmin_row = d_before + d_step, dmin_before + dmin_step
         tl.store(d + floats, d_row, mask=real)
         if AFFINE:
@@ -232,7 +201,7 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
         if SCALED:
             sc = tl.load(scale_codes + scales + s * rows, mask=real, other=0.0)
             scale_before, scale = d_before * sc, d_row * sc
-            minimum_before, minimum = zero, zero
+            minimum_before, minimum, mc = zero, zero, zero
             g -= d_step[None, :] * tl.load(turned + place, mask=inside, other=0.0)
             if AFFINE:
                 mc = tl.load(min_codes + scales + s * rows, mask=real, other=0.0)
@@ -249,6 +218,7 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
         stored = x * scale_before[None, :] - minimum_before[None, :]
         before = x * scale[None, :] - minimum[None, :]
         slope = g
+        tl.debug_barrier()
 
         # its own scales in closed form given the levels: weights move by `along` times them, and by `across`
         t = tl.dot(square, x, input_precision="ieee")
@@ -261,9 +231,7 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
             stiff_across = across * across * tl.sum(ones, axis=0)
         if SCALED:
             blank = tl.load(empty + scales + s * rows, mask=real, other=1)
-            if not AFFINE:
-                mc = zero
-            step, step_min = _move_integers(
+            step, step_min = move_integers(
                 sc, mc, blank, code_low, code_high, pull, stiff, pull_across, mixed, stiff_across, AFFINE
             )
             scale, minimum = d_row * (sc + step), dmin_row * (mc + step_min)
@@ -271,7 +239,7 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
             if AFFINE:
                 tl.store(min_codes + scales + s * rows, mc + step_min, mask=real)
         else:
-            step, step_min, _ = _move_floats(scale, minimum, pull, stiff, pull_across, mixed, stiff_across, AFFINE)
+            step, step_min, _ = move_floats(scale, minimum, pull, stiff, pull_across, mixed, stiff_across, AFFINE)
             scale += step
             minimum += step_min
             tl.store(d + scales + s * rows, scale, mask=real)
@@ -286,7 +254,6 @@ def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
         total -= tl.sum((after - before) * (slope + g), axis=0)
         tl.store(levels + place, x, mask=inside)
         tl.store(moved + place, after - before, mask=inside)
-        rest = tl.load(residual + place, mask=inside, other=0.0)
-        tl.store(residual + place, rest - (after - stored), mask=inside)
+        tl.store(change + place, after - stored, mask=inside)
         tl.debug_barrier()
-    tl.store(grown + row, tl.load(grown + row, mask=real, other=0.0) + total, mask=real)
+    tl.store(grown + row, total, mask=real)
