@@ -59,7 +59,7 @@ def compensate(
     columns, rows = weight.shape
     levels, errors = torch.empty_like(weight), torch.empty_like(weight)
     _compensate[(triton.cdiv(rows, _ROWS),)](
-        weight, factor, factor.stride(0), scale, minimum, levels, errors, columns, rows, low, high,
+        weight, factor, factor.stride(0), scale, minimum, levels, errors, columns, rows, float(low), float(high),
         N=triton.next_power_of_2(columns), R=_ROWS, num_warps=4,
     )  # fmt: skip
     return levels, errors

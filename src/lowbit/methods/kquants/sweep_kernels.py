@@ -54,6 +54,7 @@ def sweep(blocks: Blocks, residual: Tensor, hessian: Tensor) -> Tensor:
     gradient, change = residual.new_empty(_WIDE, rows), residual.new_empty(_WIDE, rows)
     moved = residual.new_empty(_BLOCK, rows)
     turned, turned_across = _turned(blocks, hessian)
+    limits = [float(limit) for limit in (*blocks.level_range, *blocks.code_range)]
     nothing = gradient  # a pointer that the kernel does not follow
     given = [
         nothing if part is None else part
@@ -69,7 +70,7 @@ def sweep(blocks: Blocks, residual: Tensor, hessian: Tensor) -> Tensor:
                 gradient[here].addmm_(hessian[first:last, start:first], change[: first - start], alpha=-1)
             _sweep_block[(triton.cdiv(rows, _ROWS),)](
                 gradient[here], moved, change[here], hessian, blocks.levels, *given, blocks.empty, grown,
-                first, last - first, columns, rows, *blocks.level_range, *blocks.code_range,
+                first, last - first, columns, rows, *limits,
                 SCALED=blocks.scale_codes is not None, AFFINE=blocks.dmin is not None, BLOCK=_BLOCK, N=sub,
                 REACH=_REACH, R=_ROWS, num_warps=_WARPS, num_stages=_STAGES,
             )  # fmt: skip
