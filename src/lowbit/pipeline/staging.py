@@ -64,7 +64,7 @@ class Download:
     def pieces(self, data: Tensor, ready: torch.cuda.Event) -> Iterator[Tensor]:
         """The bytes of contiguous uint8 data of any shape, computed at `ready`, in pieces; each holds until the next."""
         self._stream.wait_event(ready)
-        for part in data.view(-1).split(_PIECE):
+        for part in torch.split(data.view(-1), _PIECE):
             piece = self._memory[: len(part)]
             with torch.cuda.stream(self._stream):
                 piece.copy_(part, non_blocking=True)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowbit.methods.kquants.loops import gpu_for
+
 GROUP_MAX_EPS = 1e-15
 NEAREST_INT_LIMIT = 4194303.0
 
@@ -79,6 +81,11 @@ def sequential_sum(rows: Tensor | Sequence[Tensor]) -> Tensor:
 
     Give `rows.unbind(0)` to sum the same buffer many times.
     """
+    if isinstance(rows, Tensor):
+        gpu = gpu_for(rows)
+        if gpu is not None:
+            sums: Tensor = gpu.sequential_sum(rows)
+            return sums
     parts = rows.unbind(0) if isinstance(rows, Tensor) else rows
     total = parts[0] + 0.0
     for row in parts[1:]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.core.errors import FormatError
 from lowbit.methods.kquants.arithmetic import round_clamped_
+from lowbit.methods.kquants.loops import gpu_for
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ def _expand(super_scale: Tensor, codes: Tensor | None) -> Tensor:
 def round_uniform(weights: Tensor, grid: Grid, low: int, high: int) -> Tensor:
     """Codes uint8 `[rows, cols]`: clamp(nearest_int((w + minimum) / scale), low, high) - low; level 0 at scale 0."""
     scale, minimum = grid.scale_min()
+    gpu = gpu_for(weights)
+    if gpu is not None:
+        codes: Tensor = gpu.round_uniform(weights, scale, minimum, low, high)
+        return codes
     blocks = weights.reshape(*scale.shape, -1)
     zero = (scale == 0).unsqueeze(-1)
     divisor = scale.unsqueeze(-1).masked_fill(zero, 1.0)

@@ -20,6 +20,7 @@ from lowbit.methods.kquants.arithmetic import (
 from lowbit.methods.kquants.bits import bytes_half, half_bytes, pack_planes, unpack_planes
 from lowbit.methods.kquants.grid import Grid, element_major, nearest_level, row_major, stored
 from lowbit.methods.kquants.importance import super_block_weights
+from lowbit.methods.kquants.loops import gpu_for
 from lowbit.methods.kquants.search import CUDA_SLICE_WEIGHTS, SLICE_WEIGHTS
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -55,10 +56,12 @@ def choose_iq4_xs(weights: Tensor, importance: Tensor | None) -> tuple[Grid, Ten
 
 def _search(x: Tensor, weights: Tensor) -> Tensor:
     """Weighted least-squares scale `[B]` of every block over 16 trial scales."""
+    gpu = gpu_for(x)
+    search_slice = _search_slice if gpu is None else gpu.search_uneven
     width = (CUDA_SLICE_WEIGHTS if x.is_cuda else SLICE_WEIGHTS) // BLOCK
     return torch.cat(
         [
-            _search_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous())
+            search_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous())
             for at in range(0, x.shape[1], width)
         ]
     )

@@ -23,10 +23,10 @@ def kernels_for(tensor: Tensor) -> Any:
     return cpu_kernels
 
 
-def searches_for(tensor: Tensor) -> Any:
-    """The module with this tensor's scale searches: Triton's on a GPU, None elsewhere."""
+def gpu_for(tensor: Tensor) -> Any:
+    """The package with this tensor's searches, sums and rounding: Triton's on a GPU, None elsewhere."""
     if not tensor.is_cuda:
         return None
-    from lowbit.methods.kquants import search_kernels
+    from lowbit.methods.kquants import gpu
 
-    return search_kernels
+    return gpu

@@ -2,7 +2,7 @@
 
 Every function takes element-major tensors `[n elements of a sub-block, B sub-blocks]` (float32) and treats the B
 sub-blocks independently. Nothing is returned that can be recomputed: codes come from `AffineFit.codes`. On a GPU
-search_kernels.py does the same in one launch.
+the package `gpu` does the same in one launch.
 Source: llama.cpp, ggml/src/ggml-quants.c.
 """
 
@@ -24,7 +24,7 @@ from lowbit.methods.kquants.arithmetic import (
     sequential_sum,
     wrap_uint8,
 )
-from lowbit.methods.kquants.loops import searches_for
+from lowbit.methods.kquants.loops import gpu_for
 
 SLICE_WEIGHTS = 1 << 17  # larger slices leave the CPU's caches, smaller ones drown in calls
 CUDA_SLICE_WEIGHTS = 1 << 25  # a GPU wants few, long calls
@@ -61,8 +61,8 @@ class AffineFit:
 
 def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> AffineFit:
     """Weighted least-squares scale and minimum of every sub-block (make_qkx2_quants / make_qkx3_quants)."""
-    kernels = searches_for(x)
-    search_slice = _search_affine_slice if kernels is None else kernels.search_affine
+    gpu = gpu_for(x)
+    search_slice = _search_affine_slice if gpu is None else gpu.search_affine
     width = (CUDA_SLICE_WEIGHTS if x.is_cuda else SLICE_WEIGHTS) // x.shape[0]
     parts = [
         search_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous(), search)
@@ -138,9 +138,9 @@ def search_positive(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tenso
 
     Used for the scales and minimums of a super-block when importance is given.
     """
-    kernels = searches_for(x)
-    if kernels is not None:
-        found: tuple[Tensor, Tensor] = kernels.search_positive(x.contiguous(), weights.contiguous(), top)
+    gpu = gpu_for(x)
+    if gpu is not None:
+        found: tuple[Tensor, Tensor] = gpu.search_positive(x.contiguous(), weights.contiguous(), top)
         return found
     largest = torch.zeros_like(x[0])
     for row in x.unbind(0):

@@ -1,6 +1,6 @@
 """Scale searches over symmetric grids: ggml's make_qx_quants and make_q3_quants.
 
-Element-major tensors `[n elements of a sub-block, B sub-blocks]` as in `search`; on a GPU search_kernels.py does the same.
+Element-major tensors `[n elements of a sub-block, B sub-blocks]` as in `search`; on a GPU the package `gpu` does the same.
 Source: llama.cpp, ggml/src/ggml-quants.c.
 """
 
@@ -20,7 +20,7 @@ from lowbit.methods.kquants.arithmetic import (
     sequential_sum,
     signed_extreme,
 )
-from lowbit.methods.kquants.loops import searches_for
+from lowbit.methods.kquants.loops import gpu_for
 from lowbit.methods.kquants.search import CUDA_SLICE_WEIGHTS, SLICE_WEIGHTS
 
 
@@ -45,8 +45,8 @@ class SymmetricFit:
 
 def search_symmetric(x: Tensor, weights: Tensor, half: int) -> SymmetricFit:
     """make_qx_quants, rmse_type 1: codes -half .. half-1, 19 trial scales; `weights` `[n, B]` are x*x when plain."""
-    kernels = searches_for(x)
-    search_slice = _search_symmetric_slice if kernels is None else kernels.search_symmetric
+    gpu = gpu_for(x)
+    search_slice = _search_symmetric_slice if gpu is None else gpu.search_symmetric
     width = (CUDA_SLICE_WEIGHTS if x.is_cuda else SLICE_WEIGHTS) // x.shape[0]
     parts = [
         search_slice(x[:, at : at + width].contiguous(), weights[:, at : at + width].contiguous(), half)
@@ -95,8 +95,8 @@ def _moment_terms_(
 
 def search_descending(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """make_q3_quants with do_rmse: scale `[B]` and codes 0 .. 2*half-1, float32 `[n, B]`, by coordinate descent."""
-    kernels = searches_for(x)
-    search_slice = _search_descending_slice if kernels is None else kernels.search_descending
+    gpu = gpu_for(x)
+    search_slice = _search_descending_slice if gpu is None else gpu.search_descending
     width = (CUDA_SLICE_WEIGHTS if x.is_cuda else 4 * SLICE_WEIGHTS) // x.shape[0]
     parts = [search_slice(x[:, at : at + width].contiguous(), half) for at in range(0, x.shape[1], width)]
     return torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts], dim=1)
