@@ -67,6 +67,7 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "ours:rtn": Ours({"method": "rtn"}),
     "ours:rtn-min-max": Ours({"method": "rtn", "options": {"search": False}}),
     "ours:gptq": Ours({"method": "gptq"}),
+    "ours:gptq-fast": Ours({"method": "gptq", "effort": "fast"}),
     "ours:gptq-gptq-format": Ours({"method": "gptq", "format": "gptq"}),
     "ours:gptq-plain": Ours({"method": "gptq", "options": {"search": False, "refine": 0}}),
     "ours:gptq-no-act-order": Ours({"method": "gptq", "options": {"act_order": "none"}}),
