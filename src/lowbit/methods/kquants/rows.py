@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -44,13 +45,13 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None, *,
 
 def _largest(kind: GGMLType, weights: Tensor) -> float:
     """The largest absolute weight. Raises FormatError for weights that are not finite or too large for the type."""
-    low, high = torch.aminmax(weights)  # NaN anywhere makes both NaN
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    low, high = (float(end) for end in torch.stack(torch.aminmax(weights)).tolist())  # NaN anywhere makes both NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise FormatError(
             f"The weights hold NaN or infinity, so nothing was encoded as {kind.name}.",
             hint="check the checkpoint: lowbit does not encode broken weights",
         )
-    largest = max(-float(low), float(high))
+    largest = max(-low, high)
     if kind.name not in _STORAGE and kind.name != "MXFP4" and largest > LARGEST_WEIGHT:
         _refuse_size(kind)  # ggml's searches overflow and would quietly store zeros
     return largest
