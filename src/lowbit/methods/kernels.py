@@ -1,130 +1,135 @@
 """The sequential column loops of GPTQ and of coordinate descent, as one GPU kernel launch for each block of columns.
 
 A column's codes decide what the columns after it look like, so the loop cannot be vectorized over columns; but rows are
-independent. Each program keeps a tile of rows with all columns of the block in registers and walks through the columns
-there. In PyTorch the same loop takes about eight launches a column, and a 7B model has 700,000 columns.
+independent. A program is one warp with a few rows, and keeps 32 columns of them at a time in registers: sums over columns
+then need no barrier. What the columns before those changed is asked for as a product when their turn comes. In PyTorch the
+same loop takes about eight launches a column, and a 7B model has 700,000 columns.
 
 The results are those of the PyTorch loops in columns.py but for float32 rounding of sums.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from lowbit.core.primitives import Grid
 
-_ROWS = 16
+_ROWS, _NEAR = 16, 32
 
 
 @triton.jit
-def _compensate(weight, factor, scale, zero, codes, errors, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.arange(0, N)
-    place = row[:, None] * N + column[None, :]
-    inside = (row < rows)[:, None]
-    w = tl.load(weight + place, mask=inside, other=0.0)
-    s = tl.load(scale + place, mask=inside, other=1.0)
-    z = tl.load(zero + place, mask=inside, other=0.0)
-    c = tl.zeros((R, N), dtype=tl.float32)
-    e = tl.zeros((R, N), dtype=tl.float32)
-    for j in range(N):
-        here = (column == j)[None, :]
-        w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
-        s_j = tl.sum(tl.where(here, s, 0.0), axis=1)
-        z_j = tl.sum(tl.where(here, z, 0.0), axis=1)
-        u = tl.load(factor + j * N + column)  # zero before the diagonal
-        u_jj = tl.sum(tl.where(column == j, u, 0.0), axis=0)
-        code = tl.minimum(tl.maximum(libdevice.rint(w_j / s_j + z_j), 0.0), max_code)
-        error = (w_j - s_j * (code - z_j)) / u_jj
-        w -= error[:, None] * u[None, :]
-        c = tl.where(here, code[:, None], c)
-        e = tl.where(here, error[:, None], e)
-    tl.store(codes + place, c, mask=inside)
-    tl.store(errors + place, e, mask=inside)
+def _nearest(value, max_code):  # type: ignore[no-untyped-def]  # Triton's
+    # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
+    return tl.minimum(tl.maximum(value, 0.0), max_code) + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _descend(gradient, hessian, scale, zero, codes, rows, max_code, N: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _compensate(  # type: ignore[no-untyped-def]  # Triton's
+    weight, stride, factor, down, across, scale, zero, count, groups, codes, errors, rows, width, max_code,
+    NEAR: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.arange(0, N)
-    place = row[:, None] * N + column[None, :]
-    inside = (row < rows)[:, None]
-    g = tl.load(gradient + place, mask=inside, other=0.0)
-    s = tl.load(scale + place, mask=inside, other=1.0)
-    z = tl.load(zero + place, mask=inside, other=0.0)
-    c = tl.load(codes + place, mask=inside, other=0.0)
-    for j in range(N):
-        here = (column == j)[None, :]
-        g_j = tl.sum(tl.where(here, g, 0.0), axis=1)
-        s_j = tl.sum(tl.where(here, s, 0.0), axis=1)
-        z_j = tl.sum(tl.where(here, z, 0.0), axis=1)
-        c_j = tl.sum(tl.where(here, c, 0.0), axis=1)
-        h = tl.load(hessian + j * N + column)
-        h_jj = tl.sum(tl.where(column == j, h, 0.0), axis=0)
-        code = libdevice.rint(((c_j - z_j) * s_j + g_j / h_jj) / s_j + z_j)
-        code = tl.minimum(tl.maximum(code, 0.0), max_code)
-        g -= ((code - c_j) * s_j)[:, None] * h[None, :]
-        c = tl.where(here, code[:, None], c)
-    tl.store(codes + place, c, mask=inside)
+    real = row < rows
+    near = tl.arange(0, NEAR)
+    for first in range(0, width, NEAR):
+        column = first + near
+        inside = real[:, None] & (column < width)[None, :]
+        w = tl.load(weight + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
+        for k in range(0, first, NEAR):
+            earlier = tl.load(errors + row[:, None] * width + (k + near)[None, :], mask=real[:, None], other=0.0)
+            u = tl.load(
+                factor + (k + near)[:, None] * down + column[None, :] * across,
+                mask=(column < width)[None, :],
+                other=0.0,
+            )
+            w -= tl.dot(earlier, u, input_precision="ieee")
+        c = tl.zeros((R, NEAR), dtype=tl.float32)
+        e = tl.zeros((R, NEAR), dtype=tl.float32)
+        for j in range(NEAR):
+            at = tl.minimum(first + j, width - 1)  # what is beyond the width changes nothing
+            group = tl.load(groups + at)
+            s_j = tl.load(scale + row * count + group, mask=real, other=1.0)
+            z_j = tl.load(zero + row * count + group, mask=real, other=0.0)
+            line = factor + at * down
+            u = tl.load(line + column * across, mask=(near >= j) & (column < width), other=0.0)
+            u_jj = tl.load(line + at * across)
+            here = (near == j)[None, :]
+            w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
+            code = _nearest(w_j / s_j + z_j, max_code)
+            error = (w_j - s_j * (code - z_j)) / u_jj
+            w -= error[:, None] * u[None, :]
+            c = tl.where(here, code[:, None], c)
+            e = tl.where(here, error[:, None], e)
+        place = row[:, None] * width + column[None, :]
+        tl.store(codes + place, c, mask=inside)
+        tl.store(errors + place, e, mask=inside)
+        tl.debug_barrier()  # lanes read what others wrote
+
+
+@triton.jit
+def _descend(  # type: ignore[no-untyped-def]  # Triton's
+    gradient, stride, hessian, down, scale, zero, count, groups, codes, beside, moved, rows, width, max_code,
+    NEAR: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    real = row < rows
+    near = tl.arange(0, NEAR)
+    for first in range(0, width, NEAR):
+        column = first + near
+        inside = real[:, None] & (column < width)[None, :]
+        g = tl.load(gradient + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
+        for k in range(0, first, NEAR):
+            earlier = tl.load(moved + row[:, None] * width + (k + near)[None, :], mask=real[:, None], other=0.0)
+            h = tl.load(
+                hessian + (k + near)[:, None] * down + column[None, :], mask=(column < width)[None, :], other=0.0
+            )
+            g += tl.dot(earlier, h, input_precision="ieee")
+        own = codes + row.to(tl.int64) * beside + first
+        c = tl.zeros((R, NEAR), dtype=tl.float32)
+        m = tl.zeros((R, NEAR), dtype=tl.float32)
+        for j in range(NEAR):
+            at = tl.minimum(first + j, width - 1)  # what is beyond the width changes nothing
+            group = tl.load(groups + at)
+            s_j = tl.load(scale + row * count + group, mask=real, other=1.0)
+            z_j = tl.load(zero + row * count + group, mask=real, other=0.0)
+            line = hessian + at * down
+            h = tl.load(line + column, mask=column < width, other=0.0)
+            h_jj = tl.load(line + at)
+            here = (near == j)[None, :]
+            g_j = tl.sum(tl.where(here, g, 0.0), axis=1)
+            c_j = tl.load(codes + row.to(tl.int64) * beside + at, mask=real, other=0.0)
+            code = _nearest(((c_j - z_j) * s_j + g_j / h_jj) / s_j + z_j, max_code)
+            back = (c_j - code) * s_j
+            g += back[:, None] * h[None, :]
+            c = tl.where(here, code[:, None], c)
+            m = tl.where(here, back[:, None], m)
+        tl.debug_barrier()  # lanes read what others write, here and below
+        tl.store(own[:, None] + near[None, :], c, mask=inside)
+        tl.store(moved + row[:, None] * width + column[None, :], m, mask=inside)
+        tl.debug_barrier()
 
 
 def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """columns.compensate."""
-    width = triton.next_power_of_2(weight.shape[1])
-    given = ((weight, 0.0), (grid.scale[:, groups], 1.0), (grid.zero[:, groups], 0.0))
-    padded = [_padded(tensor, width, fill) for tensor, fill in given]
-    square = torch.eye(width, device=weight.device)
-    square[: weight.shape[1], : weight.shape[1]] = factor.triu()
-    codes, errors = torch.empty_like(padded[0]), torch.empty_like(padded[0])
-    _compensate[(triton.cdiv(len(weight), _ROWS),)](
-        padded[0],
-        square,
-        padded[1],
-        padded[2],
-        codes,
-        errors,
-        len(weight),
-        float(max_code),
-        N=width,
-        R=_ROWS,
-        num_warps=4,
-    )
-    return codes[:, : weight.shape[1]], errors[:, : weight.shape[1]]
+    rows, width = weight.shape
+    codes, errors = weight.new_empty(rows, width), weight.new_empty(rows, width)
+    scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
+    _compensate[(triton.cdiv(rows, _ROWS),)](
+        weight, weight.stride(0), factor, *factor.stride(), scale, zero, scale.shape[1], groups,
+        codes, errors, rows, width, float(max_code), NEAR=_NEAR, R=_ROWS, num_warps=1,
+    )  # fmt: skip
+    return codes, errors
 
 
 def descend_(gradient: Tensor, hessian: Tensor, grid: Grid, groups: Tensor, codes: Tensor, max_code: int) -> Tensor:
     """columns.descend_."""
-    width, scale = triton.next_power_of_2(gradient.shape[1]), grid.scale[:, groups]
-    given = ((gradient, 0.0), (scale, 1.0), (grid.zero[:, groups], 0.0), (codes, 0.0))
-    padded = [_padded(tensor, width, fill) for tensor, fill in given]
-    square = torch.eye(width, device=gradient.device)
-    square[: gradient.shape[1], : gradient.shape[1]] = hessian
-    _descend[(triton.cdiv(len(gradient), _ROWS),)](
-        padded[0],
-        square,
-        padded[1],
-        padded[2],
-        padded[3],
-        len(gradient),
-        float(max_code),
-        N=width,
-        R=_ROWS,
-        num_warps=4,
-    )
-    after = padded[3][:, : gradient.shape[1]]
-    moved = (codes - after).mul_(scale)
-    codes.copy_(after)
+    rows, width = gradient.shape
+    moved = gradient.new_empty(rows, width)
+    scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
+    _descend[(triton.cdiv(rows, _ROWS),)](
+        gradient, gradient.stride(0), hessian, hessian.stride(0), scale, zero, scale.shape[1], groups,
+        codes, codes.stride(0), moved, rows, width, float(max_code), NEAR=_NEAR, R=_ROWS, num_warps=1,
+    )  # fmt: skip
     return moved
-
-
-def _padded(tensor: Tensor, width: int, fill: float) -> Tensor:
-    missing = width - tensor.shape[1]
-    return (
-        torch.nn.functional.pad(tensor, (0, missing), value=fill).contiguous()
-        if missing
-        else tensor.contiguous().clone()
-    )
