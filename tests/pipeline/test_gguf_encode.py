@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.core import staging
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.errors import CheckpointError, OutputError
 from lowbit.core.progress import Silent
 from lowbit.formats.gguf import PlannedTensor, lay_out
 from lowbit.formats.gguf_imatrix import Importance
 from lowbit.methods.kquants import encode
-from lowbit.pipeline import gguf_encode, staging
+from lowbit.pipeline import gguf_encode
 from lowbit.pipeline.gguf_encode import GgufJob, encode_tensors
 from lowbit.pipeline.gguf_writer import GgufWriter
 from lowbit.pipeline.journal import Journal

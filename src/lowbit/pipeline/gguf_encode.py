@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lowbit.core.checkpoint.gguf_source import GgufSource, dequantized
 from lowbit.core.progress import Progress
+from lowbit.core.staging import Download, Upload
 from lowbit.formats.gguf_imatrix import Importance, means_of
 from lowbit.methods.kquants import encode
 from lowbit.pipeline.gguf_writer import GgufWriter
 from lowbit.pipeline.journal import Journal
-from lowbit.pipeline.staging import Download, Upload
 
 _CPU = torch.device("cpu")
 _SYNC_BYTES = 256 * 2**20
@@ -94,8 +94,10 @@ def _reader(source: GgufSource, device: torch.device) -> Iterator[Callable[[str]
     if device.type != "cuda":
         yield source.stored
         return
-    with Upload(source, device) as upload:
-        yield upload.stored
+    with Upload(device) as upload:
+        yield lambda name: upload.filled(
+            source.tensors[name].nbytes, lambda start, piece: source.read_into(name, start, piece)
+        )
 
 
 class Behind:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.core.staging import Download
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.writer import ShardedWriter
 
@@ -49,6 +50,7 @@ class WrittenOutput(Output):
         self.writer, self.journal = writer, journal
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="output")
         self._begun: Future[None] | None = None
+        self._download: Download | None = None
 
     def outside(self, tensors: Tensors) -> None:
         self._begin(list(tensors()), lambda: None)
@@ -64,29 +66,21 @@ class WrittenOutput(Output):
 
     def _begin(self, tensors: list[tuple[str, Tensor]], then: Callable[[], None]) -> None:
         self.wait()
-        on_gpu = next((tensor.device for _, tensor in tensors if tensor.is_cuda), None)
-        made = None if on_gpu is None else torch.cuda.current_stream(on_gpu).record_event()
-        self._begun = self._thread.submit(self._store, tensors, on_gpu, made, then)
+        device = next((tensor.device for _, tensor in tensors if tensor.is_cuda), None)
+        if device is not None and self._download is None:
+            self._download = Download(device)
+        made = None if device is None else torch.cuda.current_stream(device).record_event()
+        self._begun = self._thread.submit(self._store, tensors, made, then)
 
     def _store(
-        self,
-        tensors: list[tuple[str, Tensor]],
-        device: torch.device | None,
-        made: torch.cuda.Event | None,
-        then: Callable[[], None],
+        self, tensors: list[tuple[str, Tensor]], made: torch.cuda.Event | None, then: Callable[[], None]
     ) -> None:
-        if device is None or made is None:
-            self._write(tensors)
-        else:
-            # a stream of its own: copies need not wait for what the next block has queued meanwhile
-            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's own
-                torch.cuda.current_stream(device).wait_event(made)
-                self._write(tensors)
+        for name, tensor in tensors:
+            if made is not None and self._download is not None and tensor.is_cuda:
+                self.writer.write(name, self._download.tensor(tensor, made))
+            else:
+                self.writer.write(name, tensor)
+        tensors.clear()
         self.writer.sync()
         then()
         self.writer.hash_ahead()
-
-    def _write(self, tensors: list[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
-            self.writer.write(name, tensor)
-        tensors.clear()

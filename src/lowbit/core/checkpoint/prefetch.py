@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint, TensorSpec
+from lowbit.core.staging import Upload
 
 
 class Prefetching:
@@ -23,8 +24,7 @@ class Prefetching:
         self.device = device
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: dict[str, Future[Tensor]] = {}
-        # copies on a stream of their own do not wait for what is being computed
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
+        self._upload = Upload(device)
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -47,11 +47,7 @@ class Prefetching:
         return tensor
 
     def _fetch(self, name: str) -> Tensor:
-        tensor = self.inner.read(name)
-        with torch.cuda.stream(self._stream):
-            tensor = tensor.to(self.device)
-        self._stream.synchronize()
-        return tensor
+        return self._upload.tensor(self.inner.read(name))
 
     def companions(self) -> dict[str, Path]:
         """Those of the inner checkpoint."""

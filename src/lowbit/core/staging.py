@@ -1,26 +1,27 @@
-"""Between files and a GPU: bytes pass through page-locked memory in pieces, on streams beside the one that computes."""
+"""Between files and a GPU: bytes pass through page-locked memory in pieces, on streams beside the one that computes.
+
+A copy from or to ordinary memory holds the driver until it is done, and with it the thread that launches kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from lowbit.core.checkpoint.gguf_source import GgufSource
-
 _PIECE = 1 << 25
 _READERS = 4  # one alone does not keep a fast disk busy
 
 
 class Upload:
-    """Puts tensors' bytes onto a GPU, read by a few threads; whatever their size, it takes four pieces of memory (128 MiB)
-    here. A context manager."""
+    """Puts bytes onto a GPU, given by a few threads; whatever their number, it takes four pieces of memory (128 MiB) here.
+    A context manager."""
 
-    def __init__(self, source: GgufSource, device: torch.device) -> None:
-        self.source, self.device = source, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read-piece")
         self._free: SimpleQueue[Tensor] = SimpleQueue()
@@ -33,20 +34,26 @@ class Upload:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def stored(self, name: str) -> Tensor:
-        """A tensor's bytes, uint8 [nbytes], complete; memory of a stream of its own. Raises CheckpointError."""
-        nbytes = self.source.tensors[name].nbytes
+    def filled(self, nbytes: int, fill: Callable[[int, Tensor], object]) -> Tensor:
+        """Bytes on the GPU, uint8 [nbytes], complete; memory of a stream of its own. fill(start, piece): puts those from
+        number `start` on into uint8 [n]; what it raises is raised."""
         with torch.cuda.stream(self._stream):
             data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        starts = range(0, nbytes, _PIECE)
-        list(self._pool.map(lambda start: self._copy(name, start, data[start : start + _PIECE]), starts))
+        list(self._pool.map(lambda start: self._copy(start, fill, data), range(0, nbytes, _PIECE)))
         return data
 
-    def _copy(self, name: str, start: int, out: Tensor) -> None:
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU on the GPU, contiguous."""
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        data = self.filled(len(flat), lambda start, piece: piece.copy_(flat[start : start + len(piece)]))
+        return data.view(tensor.dtype).view(tensor.shape)
+
+    def _copy(self, start: int, fill: Callable[[int, Tensor], object], data: Tensor) -> None:
+        out = data[start : start + _PIECE]
         memory = self._free.get()
         try:
             piece = memory[: len(out)]
-            self.source.read_into(name, start, piece)
+            fill(start, piece)
             with torch.cuda.stream(self._stream):
                 out.copy_(piece, non_blocking=True)
             self._stream.record_event().synchronize()
@@ -70,6 +77,17 @@ class Download:
                 piece.copy_(part, non_blocking=True)
             self._stream.record_event().synchronize()
             yield piece
+
+    def tensor(self, tensor: Tensor, ready: torch.cuda.Event) -> Tensor:
+        """A tensor of the GPU, computed at `ready`, on the CPU, contiguous."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            tensor = tensor.contiguous()
+        data, at = torch.empty(tensor.nbytes, dtype=torch.uint8), 0
+        for piece in self.pieces(tensor.view(-1).view(torch.uint8), ready):
+            data[at : at + len(piece)] = piece
+            at += len(piece)
+        return data.view(tensor.dtype).view(tensor.shape)
 
 
 def _page_locked() -> Tensor:
