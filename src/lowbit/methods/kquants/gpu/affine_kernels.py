@@ -88,7 +88,7 @@ def _affine(  # type: ignore[no-untyped-def]  # Triton's
         scale = tl.where(better, new_scale, scale)
         minimum = tl.where(better, new_minimum, minimum)
     tl.store(fits + lane, tl.where(constant, 0.0, scale), mask=inside)
-    tl.store(fits + count + lane, -minimum, mask=inside)
+    tl.store(fits + count + lane, minimum, mask=inside)
     tl.store(fits + 2 * count + lane, tl.where(constant, 0.0, inverse), mask=inside)
     tl.store(fits + 3 * count + lane, base, mask=inside)
 
@@ -175,7 +175,7 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     scale, minimum, inverse, base = fits.unbind(0)
-    return scale, minimum, inverse, base
+    return scale, minimum.neg(), inverse, base  # Triton's minus is 0 - x, which has no -0
 
 
 def search_positive(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
