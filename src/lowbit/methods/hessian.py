@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.errors import CalibrationError
+from lowbit.core.statistics import blocks_above_diagonal
 
 _DAMP_RETRIES = 4
 # triangles of this width are inverted by substitution, larger ones from their parts
@@ -37,8 +38,15 @@ class Factor:
 
     def times_inverse(self, left: Tensor) -> Tensor:
         """left [rows, in] times the inverse of the damped Hessian, columns in their own order."""
-        product = left[:, self.order] @ self.upper.T @ self.upper
-        return left.index_copy(1, self.order, product)
+        ordered = left[:, self.order]
+        half = torch.empty_like(ordered)
+        # in blocks, without those that are zero
+        blocks = blocks_above_diagonal(len(self.order))
+        for rows, rest in blocks:
+            torch.mm(ordered[:, rest], self.upper[rows, rest].T, out=half[:, rows])
+        for columns, _ in blocks:
+            torch.mm(half[:, : columns.stop], self.upper[: columns.stop, columns], out=ordered[:, columns])
+        return left.index_copy(1, self.order, ordered)
 
 
 def factor(hessian: Tensor, order: Tensor, damp: float) -> Factor:

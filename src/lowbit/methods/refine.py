@@ -84,5 +84,6 @@ def descend_codes(
             gradient, here = gradients[:, start - first : stop - first], slice(start, stop)
             moved = descend_(gradient, hessian[here, here], grid, groups[here], codes[:, here], max_code)
             residual[:, here] += moved
-            gradients[:, stop - first :].addmm_(moved, hessian[here, stop:last])
+            with tensor_float32_products(weight.device):
+                gradients[:, stop - first :].addmm_(moved, hessian[here, stop:last])
     return codes

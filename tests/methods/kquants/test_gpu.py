@@ -49,6 +49,8 @@ def some_weights(x: Tensor) -> Tensor:
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+        # a file stores the sign of a zero too
+        assert torch.equal(ours.cpu().signbit()[theirs == 0], theirs.signbit()[theirs == 0])
 
 
 @pytest.mark.parametrize(("n", "wanted"), AFFINE)
