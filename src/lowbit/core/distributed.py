@@ -7,9 +7,10 @@ One process alone is a World of size 1, and everything below is then free.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,8 +54,17 @@ class World:
         """The sum of every process's count."""
         return count
 
-    def concatenate(self, part: Tensor) -> Tensor:
-        """The parts of all processes one after another, along the first dimension; lengths may differ."""
+    def lengths(self, part: Tensor) -> list[int]:
+        """How many rows every process has."""
+        return [len(part)]
+
+    def shares(self, count: int) -> list[int]:
+        """The lengths of every process's share of `count` things."""
+        ends = [count * rank // self.size for rank in range(self.size + 1)]
+        return [stop - start for start, stop in itertools.pairwise(ends)]
+
+    def concatenate(self, part: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The parts of all processes one after another, along the first dimension; lengths: of each of them."""
         return part
 
     def from_leader(self, compute: Callable[[], T]) -> T:
@@ -86,12 +96,14 @@ class _Ranks(World):
     def total(self, count: int) -> int:
         return int(self.sum_(torch.tensor(count, device=self._device)))
 
-    def concatenate(self, part: Tensor) -> Tensor:
+    def lengths(self, part: Tensor) -> list[int]:
         rows = torch.tensor([len(part)], device=part.device)
         counts = [torch.empty_like(rows) for _ in range(self.size)]
         with _lost_processes():
             torch.distributed.all_gather(counts, rows)
-        lengths = [int(count) for count in counts]
+        return [int(count) for count in counts]
+
+    def concatenate(self, part: Tensor, lengths: Sequence[int]) -> Tensor:
         # as bytes, since not every dtype can be sent; padded, since not every backend takes different lengths
         flat = part.reshape(len(part), math.prod(part.shape[1:])).contiguous().view(torch.uint8)
         padded = torch.nn.functional.pad(flat, (0, 0, 0, max(lengths) - len(part)))

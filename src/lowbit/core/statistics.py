@@ -81,7 +81,8 @@ class InputStatistics:
             if matrix is not None:
                 world.sum_(matrix).div_(max(self.tokens, 1))
         if self._samples:
-            self.sample = world.concatenate(torch.cat(self._samples))
+            sample = torch.cat(self._samples)
+            self.sample = world.concatenate(sample, world.lengths(sample))
             self._samples.clear()
 
     def take_cross(self) -> Tensor | None:

@@ -146,12 +146,12 @@ def _by_all(job: BlockJob, plan: LayerPlan, stacked: Tensor, statistics: InputSt
     part: Quantized = plan.method.quantize(own, statistics, scheme, plan.options, dtype)
     if job.world.size == 1:
         return part
-    tensor = part.tensor
+    tensor, rows = part.tensor, job.world.shares(len(stacked))
     whole = replace(
         tensor,
-        codes=job.world.concatenate(tensor.codes),
-        scale=job.world.concatenate(tensor.scale),
-        zero=None if tensor.zero is None else job.world.concatenate(tensor.zero),
+        codes=job.world.concatenate(tensor.codes, rows),
+        scale=job.world.concatenate(tensor.scale, rows),
+        zero=None if tensor.zero is None else job.world.concatenate(tensor.zero, rows),
     )
     return Quantized(whole, part.notes)
 
