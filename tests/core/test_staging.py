@@ -20,13 +20,13 @@ def test_tensors_come_back_as_they_went(
     tensor = (torch.randn(shape) * 100).to(dtype)
     device = torch.device("cuda")
     with staging.Upload(device) as upload:
-        there = upload.tensor(tensor.T)
+        there = upload.tensor(tensor.t())
     assert there.is_cuda
-    assert there.shape == tensor.T.shape
-    assert torch.equal(there.cpu(), tensor.T)
+    assert there.shape == tensor.t().shape
+    assert torch.equal(there.cpu(), tensor.t())
     changed = there + 1
     ready = torch.cuda.current_stream().record_event()
-    back = staging.Download(device).tensor(changed.T, ready)
+    back = staging.Download(device).tensor(changed.t(), ready)
     assert not back.is_cuda
     assert torch.equal(back, tensor + 1)
 
