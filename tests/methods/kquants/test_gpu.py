@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.kquants import arithmetic, grid, iq4, search, symmetric
-from lowbit.methods.kquants.search import AffineSearch
+from lowbit.methods.kquants.constants import AffineSearch
 
 from .distributions import DISTRIBUTIONS, generator
 

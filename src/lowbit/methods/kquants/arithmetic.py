@@ -9,7 +9,6 @@ Source: llama.cpp, ggml/src/ggml-quants.c (built without fused multiply-add, as 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -17,14 +16,7 @@ from torch import Tensor
 
 from lowbit.methods.kquants.loops import gpu_for
 
-GROUP_MAX_EPS = 1e-15
 NEAREST_INT_LIMIT = 4194303.0
-
-
-def f32(value: float) -> float:
-    """`value` rounded to float32: C constants such as 0.1f."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
 
 
 def ratio(numerator: float, denominator: Tensor) -> Tensor:

@@ -8,16 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.methods.kquants.arithmetic import (
-    GROUP_MAX_EPS,
-    divide,
-    nearest_int,
-    ratio,
-    sequential_sum,
-    signed_extreme,
-    to_half,
-)
+from lowbit.methods.kquants.arithmetic import divide, nearest_int, ratio, sequential_sum, signed_extreme, to_half
 from lowbit.methods.kquants.bits import bytes_half, half_bytes, pack_planes, unpack_planes
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS
 from lowbit.methods.kquants.grid import Grid, element_major, nearest_level, row_major, stored
 from lowbit.methods.kquants.importance import super_block_weights
 from lowbit.methods.kquants.loops import gpu_for

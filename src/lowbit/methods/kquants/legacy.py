@@ -24,9 +24,10 @@ from lowbit.methods.kquants.bits import (
     unpack_bit_string,
     unpack_planes,
 )
+from lowbit.methods.kquants.constants import AffineSearch
 from lowbit.methods.kquants.grid import Grid, element_major, stored
 from lowbit.methods.kquants.importance import row_weights
-from lowbit.methods.kquants.search import AffineSearch, search_affine
+from lowbit.methods.kquants.search import search_affine
 from lowbit.methods.kquants.symmetric import search_symmetric
 
 BLOCK = 32

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.methods.kquants.arithmetic import divide, nearest_int, ratio, sequential_sum, to_half, wrap_uint8
 from lowbit.methods.kquants.bits import bytes_half, half_bytes, pack_planes, unpack_planes
+from lowbit.methods.kquants.constants import AffineSearch
 from lowbit.methods.kquants.grid import (
     Grid,
     element_major,
@@ -20,7 +21,7 @@ from lowbit.methods.kquants.grid import (
     zero_scale_columns,
 )
 from lowbit.methods.kquants.importance import super_block_weights
-from lowbit.methods.kquants.search import AffineSearch, search_affine, search_positive
+from lowbit.methods.kquants.search import search_affine, search_positive
 
 SUB_BLOCK, PER_SUPER = 16, 16
 TOP, MAX_SCALE_CODE = 3, 15

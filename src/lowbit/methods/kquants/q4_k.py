@@ -25,6 +25,7 @@ from lowbit.methods.kquants.bits import (
     unpack_planes,
     unpack_scales_k4,
 )
+from lowbit.methods.kquants.constants import AffineSearch
 from lowbit.methods.kquants.grid import (
     Grid,
     element_major,
@@ -35,7 +36,7 @@ from lowbit.methods.kquants.grid import (
     zero_scale_columns,
 )
 from lowbit.methods.kquants.importance import super_block_weights
-from lowbit.methods.kquants.search import AffineSearch, search_affine, search_positive
+from lowbit.methods.kquants.search import search_affine, search_positive
 
 SUB_BLOCK, PER_SUPER = 32, 8
 MAX_SCALE_CODE = 63

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.methods.kquants.arithmetic import GROUP_MAX_EPS, nearest_int, ratio, signed_extreme, to_half, wrap_int8
+from lowbit.methods.kquants.arithmetic import nearest_int, ratio, signed_extreme, to_half, wrap_int8
 from lowbit.methods.kquants.bits import bytes_half, half_bytes, pack_planes, unpack_planes
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS
 from lowbit.methods.kquants.grid import (
     Grid,
     element_major,

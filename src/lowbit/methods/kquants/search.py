@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.kquants.arithmetic import (
-    GROUP_MAX_EPS,
     NEAREST_INT_LIMIT,
-    f32,
     first_min_max,
     nearest_int,
     ratio,
@@ -24,24 +22,11 @@ from lowbit.methods.kquants.arithmetic import (
     sequential_sum,
     wrap_uint8,
 )
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS, AffineSearch, f32
 from lowbit.methods.kquants.loops import gpu_for
 
 SLICE_WEIGHTS = 1 << 17  # larger slices leave the CPU's caches, smaller ones drown in calls
 CUDA_SLICE_WEIGHTS = 1 << 25  # a GPU wants few, long calls
-
-
-@dataclass(frozen=True)
-class AffineSearch:
-    """The constants of one make_qkx*_quants call: `steps + 1` trials of `(start + delta*i + top) / range`."""
-
-    top: int
-    start: float
-    delta: float
-    steps: int
-    absolute_error: bool = False
-
-    def numerators(self) -> list[float]:
-        return [f32(f32(f32(self.start) + f32(f32(self.delta) * i)) + self.top) for i in range(self.steps + 1)]
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.methods.kquants.arithmetic import (
-    GROUP_MAX_EPS,
-    f32,
-    nearest_int,
-    ratio,
-    round_clamped_,
-    sequential_sum,
-    signed_extreme,
-)
+from lowbit.methods.kquants.arithmetic import nearest_int, ratio, round_clamped_, sequential_sum, signed_extreme
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS, f32
 from lowbit.methods.kquants.loops import gpu_for
 from lowbit.methods.kquants.search import CUDA_SLICE_WEIGHTS, SLICE_WEIGHTS
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.methods.kquants.arithmetic import GROUP_MAX_EPS
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS, AffineSearch
 from lowbit.methods.kquants.gpu.arithmetic_kernels import LANES, WARPS, clamped, nearest_int
-
-if TYPE_CHECKING:
-    from lowbit.methods.kquants.search import AffineSearch
 
 
 @triton.jit

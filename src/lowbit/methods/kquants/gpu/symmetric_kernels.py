@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.methods.kquants.arithmetic import GROUP_MAX_EPS
+from lowbit.methods.kquants.constants import GROUP_MAX_EPS
 from lowbit.methods.kquants.gpu.arithmetic_kernels import LANES, WARPS, clamped
 
 
