@@ -226,6 +226,21 @@ def test_llama_cpp_loads_it_and_says_what_the_dequantized_weights_say(
         )
 
 
+def test_a_shown_recipe_has_all_options_and_means_the_same(source: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lowbit.api.gguf_options import GgufOptions, gguf_options, gguf_recipe
+    from lowbit.cli import app
+    from lowbit.recipe import Recipe
+
+    shown = CliRunner().invoke(app, ["recipe", "show", "q4_k_m"])
+    assert "learn_steps: 0" in shown.stdout
+    (tmp_path / "recipe.yaml").write_text(shown.stdout)
+    read = Recipe.load(tmp_path / "recipe.yaml")
+    assert gguf_options(read) == gguf_options(gguf_recipe("q4_k_m")) == GgufOptions(refine="none")
+    assert gguf_options(read.updated(dataset="pydoc")).refine == "hessian"
+
+
 def test_dry_run_tells_types_and_size_before_any_conversion(folder: Path, source: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -99,8 +99,10 @@ def test_an_interrupted_last_pass_continues_to_the_same_bytes(source: Path, tmp_
 
 
 def test_best_effort_of_a_k_quant(source: Path, tmp_path: Path) -> None:
-    made = quantized(source, tmp_path / "m.gguf", "q4_k_m", effort="best", num_samples=8, options={"sweeps": 1})
+    options = {"sweeps": 1, "learn_batch": 2}
+    made = quantized(source, tmp_path / "m.gguf", "q4_k_m", effort="best", num_samples=8, options=options)
     recipe = made.record["recipe"]
+    assert recipe["options"] == {"learn_steps": 100, **options, "refine": "hessian"}
     assert recipe["tune"]["steps"] > 0
     assert recipe["calibration"]["dataset"] == "pydoc+self"
     assert made.record["tuning"]["after"] <= made.record["tuning"]["before"]

@@ -1,8 +1,8 @@
 """Effort levels: one word for how much time accuracy is worth, resolved into plain fields of the recipe.
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
-is sampled from the model itself, blocks are trained (autoround), and a last pass trains scales and norms end to end; a
-GGUF file keeps its second-order codes and gets the text and the last pass.
+is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
+trains scales and norms end to end.
 docs/accuracy.md has the time and divergence of each.
 """
 
@@ -13,11 +13,13 @@ from typing import Literal
 from lowbit.api.gguf_options import NO_TEXT
 from lowbit.core.errors import RecipeError
 from lowbit.core.ggml_types import file_type, ggml_type
+from lowbit.methods.learning import LearnOptions
 from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
 _TUNE_STEPS = 64
+_LEARN_STEPS = LearnOptions.steps
 # what learned rounding can start from: integer grids whose codes calibration chooses
 _LEARNABLE = ("rtn", "gptq", "autoround")
 
@@ -50,8 +52,8 @@ def _best_gguf(recipe: Recipe) -> Recipe:
     if text.dataset == NO_TEXT:
         text = text.model_copy(update={"dataset": Calibration().dataset})
     return Recipe.parse({
-        **recipe.model_dump(), "options": {**recipe.options, "refine": "hessian"}, "tune": {"steps": _TUNE_STEPS},
-        "calibration": _with_self(text).model_dump(),
+        **recipe.model_dump(), "options": {"learn_steps": _LEARN_STEPS, **recipe.options, "refine": "hessian"},
+        "tune": {"steps": _TUNE_STEPS}, "calibration": _with_self(text).model_dump(),
     })  # fmt: skip
 
 

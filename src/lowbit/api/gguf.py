@@ -179,9 +179,10 @@ class _GgufRun:
             )
         chosen = self.options
         options = SecondOrderOptions(damping=chosen.damping, sweeps=chosen.sweeps, asymmetric=chosen.asymmetric)
-        resumed = SecondOrderRun(
-            job, model, rounded, self._streams(work), options, head if rounds_head else None
-        ).quantize(windows)
+        rounding = SecondOrderRun(
+            job, model, rounded, self._streams(work), options, head if rounds_head else None, chosen.learning
+        )
+        resumed = rounding.quantize(windows)
         encode_tensors(job, [name for name in others if name not in embedding])
         return resumed
 

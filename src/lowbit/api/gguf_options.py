@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from lowbit.core.errors import RecipeError, did_you_mean
 from lowbit.core.ggml_types import FILE_TYPE_ALIASES, FILE_TYPES, file_type
 from lowbit.methods.kquants.policy import PolicyOptions, parse_tensor_type
+from lowbit.methods.learning import LearnOptions
 from lowbit.recipe import Recipe
 
 Refine = Literal["none", "imatrix", "hessian"]
@@ -27,6 +29,8 @@ class GgufOptions:
     allow_requantize: take a GGUF file that is quantized already.
     max_shard_size: bytes of data in one file; larger models are split.
     damping, sweeps, asymmetric: of second-order rounding, see SecondOrderOptions.
+    learn_steps: gradient steps that every block is trained for after it (learned rounding); 0 for none. learn_batch,
+    learn_reach, learn_scale_reach, learn_seed: see LearnOptions.
     """
 
     refine: Refine | None = None
@@ -41,6 +45,20 @@ class GgufOptions:
     damping: float = 0.03
     sweeps: int = 6
     asymmetric: float = 0.5
+    learn_steps: int = 0
+    learn_batch: int = 8
+    learn_reach: float = 0.5
+    learn_scale_reach: float = 0.1
+    learn_seed: int = 0
+
+    @property
+    def learning(self) -> LearnOptions | None:
+        """Of learned rounding; None for none."""
+        if not self.learn_steps:
+            return None
+        return LearnOptions(
+            self.learn_steps, self.learn_batch, self.learn_reach, self.learn_scale_reach, self.learn_seed
+        )
 
     def policy(self, *, has_imatrix: bool) -> PolicyOptions:
         """As the type policy has it. Raises FormatError for a malformed PATTERN=TYPE."""
@@ -65,6 +83,13 @@ def gguf_recipe(method: str) -> Recipe:
     return Recipe.parse({"method": name, "format": "gguf", "ignore": (), "calibration": {"dataset": NO_TEXT}})
 
 
+def spelled_out(recipe: Recipe) -> Recipe:
+    """A GGUF recipe with the defaults of all options that it leaves out; any other as it is."""
+    if recipe.format != "gguf":
+        return recipe
+    return Recipe.parse({**recipe.model_dump(), "options": {**asdict(GgufOptions()), **recipe.options}})
+
+
 def gguf_options(recipe: Recipe) -> GgufOptions:
     """The recipe's options with `refine` decided. Raises RecipeError for unknown ones and for contradictions."""
     known = [field.name for field in fields(GgufOptions)]
@@ -80,7 +105,9 @@ def gguf_options(recipe: Recipe) -> GgufOptions:
     if given.get("refine") is None:
         given["refine"] = "hessian" if text else "imatrix" if given.get("imatrix") else "none"
     _refuse_contradictions(given, text)
-    return GgufOptions(**given)
+    options = GgufOptions(**given)
+    _refuse_learning(options)
+    return options
 
 
 def _refuse_contradictions(given: dict[str, Any], text: bool) -> None:
@@ -97,3 +124,28 @@ def _refuse_contradictions(given: dict[str, Any], text: bool) -> None:
         )
     if given.get("imatrix") and not Path(given["imatrix"]).is_file():
         raise RecipeError(f"importance matrix {given['imatrix']} does not exist")
+
+
+def _refuse_learning(options: GgufOptions) -> None:
+    """Options of learned rounding that cannot be."""
+    limits: dict[str, tuple[type, float, float]] = {
+        "learn_steps": (int, 0, math.inf),
+        "learn_batch": (int, 1, math.inf),
+        "learn_reach": (float, 0, math.inf),
+        # at 1 a scale could become zero
+        "learn_scale_reach": (float, 0, 0.99),
+        "learn_seed": (int, 0, 2**63 - 1),
+    }
+    for name, (kind, low, high) in limits.items():
+        value = getattr(options, name)
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            what = "whole number" if kind is int else "number"
+            between = f"of at least {low:g}" if high > 1 else f"from {low:g} to {high:g}"
+            default = GgufOptions.__dataclass_fields__[name].default
+            raise RecipeError(f"{name} {value!r} is no {what} {between}", hint=f"such as --option {name}={default}")
+    if options.learn_steps and options.refine != "hessian":
+        raise RecipeError(
+            f"learned rounding starts from second-order rounding, and refine is {options.refine!r}",
+            hint="--refine hessian with a --dataset, or leave learn_steps out",
+        )

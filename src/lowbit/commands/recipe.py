@@ -42,9 +42,10 @@ def show(
 
     Example: lowbit recipe show gptq > recipe.yaml
     """
+    from lowbit.api.gguf_options import spelled_out
     from lowbit.api.quantize import recipe_for
 
-    recipe = recipe_for(name)
+    recipe = spelled_out(recipe_for(name))
     print(
         json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.yaml(), end="\n" if as_json else ""
     )

@@ -7,140 +7,107 @@ gradient steps on where each weight rounds to and on its group's range, through 
 - the target is the original block on the original inputs, so the block also makes up for the blocks before it;
 - tokens whose states are hundreds of times larger than the rest (attention sinks) do not drown the loss: every token's
   error is weighed against what the block itself adds to it.
+How the weights of a format follow from what is trained is a `Learnable`'s own: learned_matrix.py, learned_blocks.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowbit.core.codebooks import codebook, group_scale
-from lowbit.core.primitives import stored_scale
-from lowbit.core.qtensor import QTensor
 
-# how far into a code's cell, from its middle, a weight may start: its own rounding must give that code again
-_CELL = 0.499
+class Quantized(Protocol):
+    """A quantized matrix [out, in]."""
+
+    def dequantize(self) -> Tensor:
+        """[out, in] float32."""
+        ...
+
+
+Result = TypeVar("Result", bound=Quantized)
+_Result_co = TypeVar("_Result_co", bound=Quantized, covariant=True)
+
+
+class Learnable(Protocol[_Result_co]):
+    """One linear layer in training."""
+
+    @property
+    def start(self) -> _Result_co:
+        """What training starts from."""
+        ...
+
+    @property
+    def position(self) -> Tensor:
+        """[out, in] float32, a leaf: where each weight stands on the sorted values of its grid, in units of one step."""
+        ...
+
+    @property
+    def stretches(self) -> Sequence[Tensor]:
+        """Leaves: float scales (and minimums) as multiples of those of the start."""
+        ...
+
+    def weight(self) -> Tensor:
+        """[out, in] float32: the dequantized weight, differentiable by straight-through rounding."""
+        ...
+
+    def result(self) -> _Result_co:
+        """The trained numbers: what `weight` stands for, exactly."""
+        ...
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnOptions:
+    """steps: gradient steps a block. batch: windows a step, and windows held out. reach: how far, in steps of the grid, a
+    weight can travel in all. scale_reach: likewise a scale, as a share of itself. seed: which windows when."""
+
+    steps: int = 100
+    batch: int = 8
+    reach: float = 0.5
+    scale_reach: float = 0.1
+    seed: int = 0
+
+    def batch_of(self, windows: int) -> int:
+        """Windows of one gradient step: at most a quarter of what there is."""
+        return max(1, min(self.batch, windows // 4))
+
+
+@dataclass(frozen=True)
+class Learned(Generic[Result]):
     """The better of start and end by layer, and the loss on held-out windows before and after."""
 
-    tensors: dict[str, QTensor]
+    tensors: dict[str, Result]
     before: float
     after: float
 
     @property
     def kept_start(self) -> bool:
         """Whether training did not help."""
-        return self.after >= self.before
-
-
-class LearnedMatrix:
-    """One linear layer in training, on the grid of the QTensor that it starts from.
-
-    position: [out, in] float32, where each weight stands on the sorted values of the grid, in units of one step.
-    stretch: [out, groups] float32, the group's scale as a multiple of the starting one; None where scales are no floats.
-    """
-
-    def __init__(self, weight: Tensor, start: QTensor) -> None:
-        self.start = start
-        self.groups = start.column_groups()
-        self.scale = group_scale(start.scheme.kind, start.scale, start.extra)
-        integer = start.scheme.kind == "int"
-        self.levels, self.codes = _grid(start, weight.device)
-        self.zero = torch.zeros_like(self.scale)
-        if integer:
-            self.zero = start.zero.float() if start.zero is not None else self.zero + start.scheme.middle
-        exact = _position(weight / self.scale[:, self.groups] + self.zero[:, self.groups], self.levels)
-        begin = _position(start.codes.float() if integer else self._values(start), self.levels)
-        # the place within the starting code's cell that is nearest to the original weight
-        self.position = torch.minimum(torch.maximum(exact, begin - _CELL), begin + _CELL).requires_grad_()
-        self.stretch = torch.ones_like(self.scale).requires_grad_() if integer else None
-
-    def weight(self) -> Tensor:
-        """[out, in] float32: the dequantized weight, differentiable by straight-through rounding."""
-        place = self._place()
-        value = self.levels[place.detach().round().long()] + (place - place.detach())
-        scale = self.scale
-        if self.stretch is not None:
-            scale = scale * self.stretch
-            scale = scale + (stored_scale(scale.detach(), self.start.scale.dtype) - scale).detach()
-        return (value - self.zero[:, self.groups]) * scale[:, self.groups]
-
-    @torch.no_grad()
-    def qtensor(self) -> QTensor:
-        """The trained numbers."""
-        codes = self.codes[self._place().round().long()]
-        if self.stretch is None:
-            return replace(self.start, codes=codes)
-        dtype = self.start.scale.dtype
-        return replace(self.start, codes=codes, scale=stored_scale(self.scale * self.stretch, dtype).to(dtype))
-
-    def _place(self) -> Tensor:
-        """Positions on the stretched grid."""
-        place = self.position
-        if self.stretch is not None:
-            zero = self.zero[:, self.groups]
-            place = (place - zero) / self.stretch[:, self.groups] + zero
-        return place.clamp(0, len(self.levels) - 1)
-
-    def _values(self, start: QTensor) -> Tensor:
-        if start.scheme.kind == "float":
-            return start.codes.float()
-        return codebook(start.scheme.kind).to(start.codes.device)[start.codes.int()]
-
-
-def _grid(start: QTensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values [n] float32, ascending and distinct; the code [n] of each)."""
-    kind = start.scheme.kind
-    if kind == "int":
-        codes = torch.arange(start.scheme.max_code + 1, device=device)
-        return codes.float(), codes.to(torch.uint8)
-    if kind == "float":
-        bytes_ = torch.arange(256, dtype=torch.uint8, device=device)
-        values = bytes_.view(torch.float8_e4m3fn).float()
-        levels = values[values.isfinite()].unique()
-        return levels, levels.to(torch.float8_e4m3fn)
-    book = codebook(kind).to(device)
-    levels = book.unique()
-    return levels, torch.stack([(book == level).nonzero()[0, 0] for level in levels]).to(torch.uint8)
-
-
-def _position(values: Tensor, levels: Tensor) -> Tensor:
-    """Where values lie between the levels: 2.25 is a quarter of the way from the third to the fourth."""
-    above = torch.searchsorted(levels, values.contiguous()).clamp(1, len(levels) - 1)
-    low, high = levels[above - 1], levels[above]
-    return above - 1 + (values - low) / (high - low)
+        return not self.after < self.before
 
 
 def learn(
-    matrices: Mapping[str, LearnedMatrix],
+    matrices: Mapping[str, Learnable[Result]],
     run: Callable[[Mapping[str, Tensor], Tensor], Tensor],
     inputs: Callable[[Tensor], Tensor],
     targets: Callable[[Tensor], Tensor],
     windows: int,
-    *,
-    steps: int,
-    batch: int,
-    reach: float,
-    scale_reach: float,
-    seed: int,
-) -> Learned:
+    options: LearnOptions,
+) -> Learned[Result]:
     """Train the matrices of one block.
 
     run(weights [out, in] by layer, hidden) -> the block's output. inputs, targets: window indices -> hidden states
-    [batch, tokens, hidden]. A batch of windows is held out. reach: how far, in steps of the grid, a weight can travel in
-    all; scale_reach: likewise a scale, as a share of itself.
+    [batch, tokens, hidden]. A batch of windows is held out.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(windows, generator=generator)
+    batch, steps = options.batch_of(windows), options.steps
     held_out, training = order[:batch], order[batch:]
 
-    def held_out_loss(tensors: Mapping[str, QTensor]) -> float:
+    def held_out_loss(tensors: Mapping[str, Result]) -> float:
         with torch.no_grad():
             hidden = inputs(held_out)
             output = run({name: tensor.dequantize() for name, tensor in tensors.items()}, hidden)
@@ -149,7 +116,7 @@ def learn(
     start = {name: matrix.start for name, matrix in matrices.items()}
     before = held_out_loss(start)
     positions = [matrix.position for matrix in matrices.values()]
-    stretches = [matrix.stretch for matrix in matrices.values() if matrix.stretch is not None]
+    stretches = [stretch for matrix in matrices.values() for stretch in matrix.stretches]
     for step in range(steps):
         chosen = training[torch.randint(len(training), (batch,), generator=generator)]
         hidden = inputs(chosen)
@@ -160,10 +127,10 @@ def learn(
         rate = 2 * (1 - step / steps) / steps
         with torch.no_grad():
             for position, gradient in zip(positions, gradients, strict=False):
-                position.sub_(gradient.sign_(), alpha=reach * rate)
+                position.sub_(gradient.sign_(), alpha=options.reach * rate)
             for stretch, gradient in zip(stretches, gradients[len(positions) :], strict=True):
-                stretch.sub_(gradient.sign_(), alpha=scale_reach * rate)
-    trained = {name: matrix.qtensor() for name, matrix in matrices.items()}
+                stretch.sub_(gradient.sign_(), alpha=options.scale_reach * rate)
+    trained = {name: matrix.result() for name, matrix in matrices.items()}
     after = held_out_loss(trained)
     return Learned(trained if after < before else start, before, after)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 
 import torch
@@ -17,11 +17,14 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
 from lowbit.methods.kquants.second_order import CUDA_WEIGHTS, SecondOrderOptions, output_error, quantize, split
+from lowbit.methods.learned_blocks import BlockMatrix, LearnedBlocks
+from lowbit.methods.learning import LearnOptions
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.gguf_encode import Behind, GgufJob, read_ahead
 from lowbit.pipeline.gguf_names import LinearTensor, row_order
 from lowbit.pipeline.gguf_stream import embedded, head_statistics
 from lowbit.pipeline.job import place_weight
+from lowbit.pipeline.learn import kept_start, train_block
 from lowbit.pipeline.passage import BEHIND, BETWEEN, HalvesFinder, Passage
 from lowbit.pipeline.run import Streams
 
@@ -29,10 +32,22 @@ _TIED_DAMPING = 0.05
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """A layer as it was rounded. dense: its weight, rows in the file's order as those of `matrix`. error: relative, of its
+    outputs, before any training."""
+
+    linear: LinearTensor
+    dense: Tensor
+    matrix: BlockMatrix
+    error: float
+
+
+@dataclass(frozen=True)
 class SecondOrderRun:
     """A run over all blocks. linears: the layers to round, by module path. head: the output matrix's tensor, to be rounded
-    after them; where it is the token embedding too, that has been written before, for the blocks to be fed by. orders: the
-    order of each layer's rows in the last block, by its name there."""
+    after them; where it is the token embedding too, that has been written before, for the blocks to be fed by. learning: of
+    the training of every block once its layers are rounded; None for none. orders: the order of each layer's rows in the
+    last block, by its name there."""
 
     job: GgufJob
     model: StreamedModel
@@ -40,6 +55,7 @@ class SecondOrderRun:
     streams: Streams
     options: SecondOrderOptions
     head: str | None = None
+    learning: LearnOptions | None = None
     halves: HalvesFinder = field(default_factory=HalvesFinder)
     orders: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,17 +69,21 @@ class SecondOrderRun:
             return blocks
         progress.start("quantize", blocks)
         resumed = 0
-        compares = self.options.asymmetric > 0
+        compares = self.options.asymmetric > 0 or self.learning is not None
         states = embedded(model, windows, self.streams, self._embedding(), copies=1 + compares)
         # the unquantized model's states, whose outputs are what every layer aims at
         original = embedded(model, windows, self.streams, copies=2) if compares else None
+        if self.learning is not None:
+            with torch.no_grad(), model.outside():
+                model.embed(windows[: self.learning.batch_of(len(windows))])  # notes what blocks are called with
         with Behind(self.job) as behind:
             for index in range(blocks):
                 own = {linear.name: linear for linear in self.linears.values() if linear.block == index}
                 finished = all(self.job.is_done(linear.tensor) for linear in own.values())
                 weights = model.read_block(index)
                 with torch.no_grad(), model.block(index, weights) as module:
-                    halves = self.halves.find(model, index, module, states)
+                    # training wants the states before the block once its layers are rounded
+                    halves = None if self.learning else self.halves.find(model, index, module, states)
                     passages = [Passage(model, index, module, states, halves=halves)]
                     if original is not None:
                         passages.append(Passage(model, index, module, original, weights, halves))
@@ -104,26 +124,35 @@ class SecondOrderRun:
     ) -> None:
         groups = [[name for name in group if name in own] for group in self.model.architecture.linears]
         groups = [group for group in groups if group]
+        compared = original if self.options.asymmetric > 0 else None
+        rounded: dict[str, Rounded] = {}
         stored = read_ahead(self.job.source, [own[name].tensor for group in groups for name in group])
         for names, following in zip(groups, [*(group[0] for group in groups[1:]), None], strict=True):
             self.job.progress.note(f"{self.model.block_path(arriving.index)} {', '.join(names)}")
             until = arriving.place_before(following)
-            statistics = _watched(arriving, original, names[0], until)
-            self._do_group(behind, arriving.module, [own[name] for name in names], weights, statistics, stored)
+            statistics = _watched(arriving, compared, names[0], until)
+            for one in self._round_group(arriving.module, [own[name] for name in names], weights, statistics, stored):
+                if self.learning is None:
+                    behind.write(one.linear.tensor, one.matrix.pack(), one.error)
+                else:
+                    rounded[one.linear.name] = one
             if until == BETWEEN:
                 arriving.advance(BETWEEN)
+        if self.learning is not None and original is not None:
+            original.advance(BEHIND)
+            for one in self._learned(rounded, arriving, original.states, self.learning):
+                behind.write(one.linear.tensor, one.matrix.pack(), one.error)
         behind.finish()
 
-    def _do_group(
+    def _round_group(
         self,
-        behind: Behind,
         module: nn.Module,
         linears: Sequence[LinearTensor],
         weights: Mapping[str, Tensor],
         statistics: InputStatistics,
         stored: Iterator[tuple[str, Tensor]],
-    ) -> None:
-        """Round layers that share an input; `stored` gives their tensors' bytes in turn."""
+    ) -> Iterator[Rounded]:
+        """Round layers that share an input, into the module too; `stored` gives their tensors' bytes in turn."""
         assert statistics.gram is not None
         curvature = factor_gram(statistics.gram, self.options.damping)
         for together in self._at_once(linears):
@@ -133,9 +162,28 @@ class SecondOrderRun:
             target = targets[0] if len(targets) == 1 else torch.cat(targets)
             found = quantize(codec.ggml_type, target, curvature, self.options)
             for linear, matrix, part in zip(together, dense, split(*found, [len(each) for each in dense]), strict=True):
-                rounded = codec.dequantize(*part)
-                behind.write(linear.tensor, codec.pack(*part), _relative(matrix, rounded, curvature))
+                own = BlockMatrix(codec, *part)
+                rounded = own.dequantize()
                 self._place(module, linear, weights, matrix, rounded)
+                yield Rounded(linear, matrix, own, _relative(matrix, rounded, curvature))
+
+    def _learned(
+        self, rounded: Mapping[str, Rounded], arriving: Passage, targets: Activations, options: LearnOptions
+    ) -> Iterator[Rounded]:
+        """The block's layers after training; the module has them too. `targets`: the original block's outputs."""
+        matrices = {}
+        for name, one in rounded.items():
+            back = torch.argsort(self.orders[name])  # to the checkpoint's order of rows, in which the block computes
+            matrices[name] = LearnedBlocks(one.dense[back], one.matrix.rows(back))
+        progress, model, module = self.job.progress, self.model, arriving.module
+        learned = train_block(model, arriving.index, module, matrices, arriving.states, targets, options, progress.note)
+        if learned.kept_start:
+            progress.warn(f"{model.block_path(arriving.index)}: {kept_start(learned)}")
+        for name, one in rounded.items():
+            matrix = learned.tensors[name]
+            if not learned.kept_start:
+                place_weight(model, module, name, matrix.dequantize())
+            yield replace(one, matrix=matrix.rows(self.orders[name]))
 
     def _at_once(self, linears: Sequence[LinearTensor]) -> list[list[LinearTensor]]:
         """Neighbours of one type that a GPU rounds as one matrix, which leaves fewer of its processors idle; on a CPU every
