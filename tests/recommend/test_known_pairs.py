@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lowbit.api.recommend import next_commands, recommend
-from lowbit.recommend.engine import Recommendation, Wishes
+from lowbit.recommend.candidates import Wishes
+from lowbit.recommend.engine import Recommendation
 from lowbit.recommend.guide import scenarios
 from lowbit.recommend.memory import Load
 from tests.recommend.models import write_config

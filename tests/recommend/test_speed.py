@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowbit.api.recommend import recommend
-from lowbit.recommend.engine import Wishes
+from lowbit.recommend.candidates import Wishes
 from lowbit.recommend.hardware import parse_hardware
 from lowbit.recommend.memory import Load, runtime_constants
 from lowbit.recommend.records import BenchRecord, append_record, default_file, read_records

@@ -8,8 +8,9 @@ from pathlib import Path
 from lowbit.api.memory import Model
 from lowbit.core.errors import LowbitError
 from lowbit.recommend import guide
+from lowbit.recommend.candidates import Candidate, Facts, Option, Wishes
 from lowbit.recommend.detect import detect
-from lowbit.recommend.engine import Candidate, Facts, Option, Recommendation, Wishes
+from lowbit.recommend.engine import Recommendation
 from lowbit.recommend.engine import recommend as rank
 from lowbit.recommend.hardware import Hardware, parse_hardware
 from lowbit.recommend.memory import Load

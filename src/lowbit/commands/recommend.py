@@ -12,7 +12,8 @@ from lowbit.commands.parse import parse_bytes
 from lowbit.core.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from lowbit.recommend.engine import Candidate, Recommendation
+    from lowbit.recommend.candidates import Candidate
+    from lowbit.recommend.engine import Recommendation
 
 NOT_GOOD_ENOUGH = 3
 
@@ -54,7 +55,7 @@ def recommend(
     lowbit recommend ./model --hardware cpu:8c,16g --max-memory 6GiB --lang zh
     """
     from lowbit.api.recommend import recommend as ask
-    from lowbit.recommend.engine import Wishes
+    from lowbit.recommend.candidates import Wishes
     from lowbit.recommend.memory import Load
     from lowbit.recommend.words import LANGUAGES
 

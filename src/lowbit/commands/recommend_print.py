@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.api.recommend import next_commands
-from lowbit.recommend.engine import Candidate, Recommendation
+from lowbit.recommend.candidates import Candidate
+from lowbit.recommend.engine import Recommendation
 from lowbit.recommend.memory import MemoryParts
 from lowbit.recommend.words import amount, text
 

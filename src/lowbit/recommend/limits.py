@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from lowbit.recommend import guide
+from lowbit.recommend.candidates import Candidate, Facts, Option, Wishes
 from lowbit.recommend.hardware import Hardware
 from lowbit.recommend.memory import MemoryParts
 from lowbit.recommend.speed import Speed
 from lowbit.recommend.words import LANGUAGES, Text, amount, text
-
-if TYPE_CHECKING:
-    from lowbit.recommend.engine import Candidate, Facts, Option, Wishes
 
 
 def missed(
