@@ -11,7 +11,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
 from lowbit.pipeline.factors import Factors
-from lowbit.pipeline.tune import _Student
+from lowbit.pipeline.tune import _keep_best_share, _Student
 from tests.interrupted import StopAt
 
 RECIPE = {"bits": 3, "group_size": 32, "dataset": "pydoc", "num_samples": 24, "seq_len": 64}
@@ -81,6 +81,16 @@ def test_tuning_lowers_the_divergence(tiny_llama: Path, tmp_path: Path) -> None:
     path = before.modules[0]
     assert torch.equal(before.qtensor(path).codes, after.qtensor(path).codes)
     assert not torch.equal(before.qtensor(path).scale, after.qtensor(path).scale)
+
+
+@pytest.mark.parametrize(("beyond", "share"), [(1.0, 1.0), (2.0, 0.5), (3.7, 0.25), (40.0, 0.25)])
+def test_the_best_share_of_what_was_learned_is_kept(beyond: float, share: float) -> None:
+    optimum = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    values = optimum * beyond
+    learned = values.clone()
+    loss = _keep_best_share(values, lambda: (values - optimum).square().sum().item())
+    torch.testing.assert_close(values, learned * share)
+    assert loss == pytest.approx((learned * share - optimum).square().sum().item())
 
 
 @pytest.mark.parametrize("changes", [{}, {"symmetric": False}, {"kind": "mxfp4", "bits": 4, "group_size": 32}])

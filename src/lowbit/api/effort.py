@@ -19,6 +19,8 @@ from lowbit.recipe import Calibration, Recipe
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
 _TUNE_STEPS = 64
+# smaller steps than elsewhere: a k-quant leaves less to gain, and larger ones lose it again
+_GGUF_RATE = 1e-3
 _LEARN_STEPS = LearnOptions.steps
 # what learned rounding can start from: integer grids whose codes calibration chooses
 _LEARNABLE = ("rtn", "gptq", "autoround")
@@ -53,7 +55,7 @@ def _best_gguf(recipe: Recipe) -> Recipe:
         text = text.model_copy(update={"dataset": Calibration().dataset})
     return Recipe.parse({
         **recipe.model_dump(), "options": {"learn_steps": _LEARN_STEPS, **recipe.options, "refine": "hessian"},
-        "tune": {"steps": _TUNE_STEPS}, "calibration": _with_self(text).model_dump(),
+        "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text).model_dump(),
     })  # fmt: skip
 
 

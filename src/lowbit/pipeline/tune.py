@@ -12,7 +12,7 @@ block by block from kept inputs, so no more than one block's graph exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ _LOGITS_TOKENS = 1024
 _WARM_UP = 5
 # steps between two saves of the training state
 _SAVE_EVERY = 16
+# how much of what was learned is tried on held-out windows: the less there is to gain, the sooner training goes too far
+_SHARES = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def tune(
     options: TuneOptions,
     progress: Progress,
 ) -> Tuned:
-    """Train `factors` in place; they are all zero afterwards when held-out windows did not gain.
+    """Train `factors` in place, and keep that share of what they learned that serves held-out windows best; they are all
+    zero afterwards when those did not gain.
 
     artifact: its blocks read as dense weights. teacher: the base's states after its last block for all windows.
     windows: [samples, tokens] int64.
@@ -81,13 +84,27 @@ def tune(
             progress.advance()
             if factors.step % _SAVE_EVERY == 0:
                 factors.save()
-        after = student.loss(windows[held_out], teacher.states[held_out.to(teacher.states.device)])
+        after = _keep_best_share(
+            factors.values,
+            lambda: student.loss(windows[held_out], teacher.states[held_out.to(teacher.states.device)]),
+        )
     if not after < before:
         factors.values.zero_()
         progress.warn(
             f"tuning scales did not help on held-out windows (KL {before:.4g} -> {after:.4g}): kept the start"
         )
     return Tuned(before, min(before, after))
+
+
+def _keep_best_share(trained: Tensor, loss: Callable[[], float]) -> float:
+    """Multiply `trained` by the share with the least loss, which is returned."""
+    whole, found = trained.clone(), {}
+    for share in _SHARES:
+        trained.copy_(whole).mul_(share)
+        found[share] = loss()
+    best = min(found, key=found.__getitem__)
+    trained.copy_(whole).mul_(best)
+    return found[best]
 
 
 def last_states(base: StreamedModel, windows: Tensor, states: Activations, progress: Progress) -> None:
