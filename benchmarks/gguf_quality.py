@@ -1,9 +1,12 @@
-"""GGUF files of one model side by side: plain, with an importance matrix, and rounded to second order; and llama.cpp's own
-llama-quantize, without and with llama-imatrix on the same text, where those programs are on PATH.
+"""GGUF files of one model side by side: plain, with an importance matrix, rounded to second order, with types of their own
+(`lowbit fit`); and llama.cpp's own llama-quantize, without and with llama-imatrix on the same text, where those programs
+are on PATH.
 
     python benchmarks/gguf_quality.py --model DIR --text FILE --evaluate FILE [--types q4_k_m q3_k_s] [--out DIR]
+    python benchmarks/gguf_quality.py ... --rows imatrix hessian best fit-best --samples 128 --seq-len 1024      # on a GPU
 
-Prints one line a file: bytes, seconds, KL divergence from the base with its standard error, and top-1 agreement.
+Prints one line a file: bytes, seconds, KL divergence from the base with its standard error, and top-1 agreement; then the
+same for every further text to measure on.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
 from lowbit.recipe import Calibration
 
+ROWS = ("none", "imatrix", "hessian", "best", "fit", "fit-best")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="calibration text")
-    parser.add_argument("--evaluate", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--evaluate", nargs="+", required=True, help="texts to measure on (files, pydoc)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["none", "imatrix", "hessian", "fit"])
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_s"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -38,27 +44,32 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     source = converted(open_checkpoint(args.model), args.out, Silent()).location
     for kind in args.types:
-        for refine in ("none", "imatrix", "hessian"):
-            report(f"lowbit {kind} {refine}", *ours(args, kind, refine), args)
-        report(f"lowbit fit --like {kind}", *fitted(args, kind), args)
+        for row in args.rows:
+            effort = "best" if row.endswith("best") else "balanced"
+            if row.startswith("fit"):
+                report(f"lowbit fit --like {kind}, {effort}", *fitted(args, kind, effort), args)
+            else:
+                refine = "hessian" if row == "best" else row
+                report(f"lowbit {kind} {refine}, {effort}", *ours(args, kind, refine, effort), args)
         for name, command, file in theirs(args, source, kind):
             started = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             report(name, file, time.monotonic() - started, args)
 
 
-def fitted(args: argparse.Namespace, kind: str) -> tuple[Path, float]:
+def fitted(args: argparse.Namespace, kind: str, effort: str) -> tuple[Path, float]:
     """A file no larger than the file type's, every tensor of the type that `lowbit fit` chose."""
     started = time.monotonic()
-    text = Calibration(dataset=str(args.text), num_samples=args.samples // 2, seq_len=args.seq_len)
+    text = Calibration(dataset=str(args.text), num_samples=args.samples // 2, seq_len=min(512, args.seq_len))
     recipe = fit(args.model, like=kind, calibration=text).recipe.updated(num_samples=args.samples)
-    output = args.out / f"lowbit-fit-{kind}.gguf"
-    quantize(args.model, output=output, recipe=recipe, settings=Settings(verify=False, restart=True))
+    recipe = recipe.updated(seq_len=args.seq_len)
+    output = args.out / f"lowbit-fit-{kind}-{effort}.gguf"
+    quantize(args.model, output=output, recipe=recipe, effort=effort, settings=Settings(verify=False, restart=True))
     return output, time.monotonic() - started
 
 
-def ours(args: argparse.Namespace, kind: str, refine: str) -> tuple[Path, float]:
-    output = args.out / f"lowbit-{kind}-{refine}.gguf"
+def ours(args: argparse.Namespace, kind: str, refine: str, effort: str) -> tuple[Path, float]:
+    output = args.out / f"lowbit-{kind}-{refine}-{effort}.gguf"
     text = {} if refine == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
     result = quantize(
         args.model,
@@ -66,6 +77,7 @@ def ours(args: argparse.Namespace, kind: str, refine: str) -> tuple[Path, float]
         method=kind,
         settings=Settings(verify=False, restart=True),
         options={"refine": refine},
+        effort=effort,
         **text,
     )
     return output, result.run["seconds"]
@@ -94,12 +106,11 @@ def theirs(args: argparse.Namespace, source: Path, kind: str) -> list[tuple[str,
 
 
 def report(name: str, file: Path, seconds: float, args: argparse.Namespace) -> None:
-    measured = evaluate(file, base=args.model, dataset=str(args.evaluate), windows=args.windows, context=1024)
-    print(
-        f"{name:32} {file.stat().st_size:>12} bytes {seconds:8.1f} s  KL {measured.kl:.5f} ± {measured.kl_error:.5f}  "
-        f"top-1 {measured.top1:.4f}",
-        flush=True,
-    )
+    print(f"{name:36} {file.stat().st_size:>12} bytes {seconds:8.1f} s", end="", flush=True)
+    for text in args.evaluate:
+        measured = evaluate(file, base=args.model, dataset=text, windows=args.windows, context=1024)
+        print(f"  KL {measured.kl:.5f} ± {measured.kl_error:.5f}  top-1 {measured.top1:.4f}", end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

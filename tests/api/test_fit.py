@@ -13,7 +13,7 @@ from lowbit.api.fit import fit
 from lowbit.api.run import Settings
 from lowbit.cli import app
 from lowbit.core.errors import RecipeError
-from lowbit.recipe import Calibration
+from lowbit.recipe import Calibration, Recipe
 from tests.gguf_files import write_gguf
 
 TEXT = Calibration(dataset="pydoc", num_samples=4, seq_len=64)
@@ -53,6 +53,8 @@ def test_command_prints_json(source: Path, tmp_path: Path) -> None:
         "4",
         "--seq-len",
         "64",
+        "--effort",
+        "best",
         "--recipe",
         str(tmp_path / "r.yaml"),
         "--json",
@@ -61,4 +63,14 @@ def test_command_prints_json(source: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     assert said["bytes"] <= said["like"]["q3_k_s"]["bytes"]
-    assert (tmp_path / "r.yaml").read_text().startswith("method: q4_k_m")
+    written = Recipe.load(tmp_path / "r.yaml")
+    assert written.method == "q4_k_m"
+    assert written.options["tensor_type"]
+    assert written.tune.steps > 0
+    assert written.options["learn_steps"] > 0
+
+
+def test_an_unknown_effort_is_refused_before_any_work(source: Path) -> None:
+    done = CliRunner().invoke(app, ["fit", str(source), "--like", "q3_k_s", "--effort", "better"])
+    assert done.exit_code != 0
+    assert isinstance(done.exception, RecipeError)

@@ -32,6 +32,9 @@ def fit(
     dataset: Annotated[str, typer.Option(help="Calibration text.")] = "pydoc",
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    effort: Annotated[
+        str, typer.Option(help="Of what is then written: fast, balanced, or best (trained rounding, a last pass).")
+    ] = "balanced",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the recipe here.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.gguf|DIR", help="Then quantize with it, and measure.")
@@ -46,18 +49,23 @@ def fit(
 
     lowbit fit ./model --like q4_k_m --dataset wikitext -o model-fit.gguf
 
+    lowbit fit ./model --like q4_k_m --dataset wikitext --num-samples 128 --seq-len 1024 --effort best -o model-fit.gguf
+
     lowbit fit ./model --max-memory 6GiB --context 8192 --recipe fit.yaml
 
     lowbit fit ./model --format compressed-tensors --like gptq -o model-mixed
     """
+    from lowbit.api.effort import with_effort
     from lowbit.api.fit import fit as fit_gguf
     from lowbit.api.fit_layers import fit_layers
-    from lowbit.api.quantize import quantize
+    from lowbit.api.quantize import quantize, recipe_for
+    from lowbit.api.run import Settings
     from lowbit.commands.progress import listener
     from lowbit.recipe import Calibration
 
     gguf = format == "gguf" or (format is None and (output is None or output.suffix == ".gguf"))
     run = fit_gguf if gguf else functools.partial(fit_layers, format=format or "compressed-tensors")
+    with_effort(recipe_for("q4_k_m" if gguf else "gptq"), effort)  # an unknown one is refused before any work
     budget = parse_bytes(size)
     if max_memory is not None:
         from lowbit.api.memory import serving_memory
@@ -75,15 +83,18 @@ def fit(
             device=device,
             progress=progress,
         )
+        chosen = with_effort(found.recipe, effort)
         if recipe is not None:
-            recipe.write_text(found.recipe.yaml())
-        made = quantize(model, output=output, recipe=found.recipe, progress=progress) if output is not None else None
+            recipe.write_text(chosen.yaml())
+        made = None
+        if output is not None:
+            made = quantize(model, output=output, recipe=chosen, settings=Settings(device), progress=progress)
     measured = None if made is None else made.measurement
     if as_json:
         print(json.dumps({
             "bytes": found.nbytes, "predicted_kl": found.kl, "bound": found.bound, "types": found.types,
             "like": {name: {"bytes": size, "predicted_kl": kl} for name, (size, kl) in found.like.items()},
-            "recipe": found.recipe.model_dump(mode="json"), "measured": measured,
+            "recipe": chosen.model_dump(mode="json"), "measured": measured,
         }, indent=2))  # fmt: skip
         return
     _print(found, measured, recipe, output, gguf)
