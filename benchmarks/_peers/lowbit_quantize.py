@@ -13,6 +13,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - what the peers have imported
 
     import lowbit
     from lowbit.api.run import Settings

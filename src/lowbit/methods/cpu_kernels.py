@@ -7,6 +7,7 @@ those of columns.py and primitives.search_grid but for float32 rounding of sums.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,11 +67,16 @@ def _by_rows(count: int, work: Callable[[slice], None]) -> None:
     """Split rows over as many threads as PyTorch would use; compiled code does not hold the interpreter's lock."""
     threads = max(1, min(torch.get_num_threads(), count // _LEAST_ROWS))
     parts = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
-    if threads == 1:
-        work(parts[0])
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, parts))
+    begun = [_helpers(threads - 1).submit(work, part) for part in parts[1:]]
+    work(parts[0])
+    for one in begun:
+        one.result()
+
+
+@functools.cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start one takes as long as a few columns of a block."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
 
 @compiled(fastmath={"contract"})
