@@ -1,7 +1,9 @@
 """Seconds to encode an unquantized GGUF file, without statistics: lowbit, and llama-quantize where it is on PATH.
 
     python benchmarks/gguf_speed.py SOURCE.gguf [--types q4_k_m q3_k_s] [--threads 2] [--device cpu] [--rounds 3]
+    python benchmarks/gguf_speed.py --random-layers 32 --types q4_k_m --device cuda --threads 8
 
+--random-layers: instead of a file, random numbers in the shape of that many of Llama-2-7B's blocks (13.5 GB for all 32).
 Both read the same file and write a file of the same types; the best of the rounds counts. lowbit's time is that of the
 encoding in a process that has torch loaded already, and of writing, with every byte on the disk (fsync).
 """
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from _random_gguf import write_blocks
 
 from lowbit.api.quantize import quantize
 from lowbit.api.run import Settings
@@ -23,13 +26,21 @@ from lowbit.api.run import Settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("--random-layers", type=int)
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_s"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random_layers:
+            args.source = write_blocks(Path(folder), args.random_layers)
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     program = shutil.which("llama-quantize")
     for kind in args.types:
         ours = min(lowbit_seconds(args, kind) for _ in range(args.rounds))
