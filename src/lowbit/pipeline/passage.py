@@ -22,6 +22,8 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.activations import Activations
 
 BEFORE, BETWEEN, BEHIND = 0, 1, 2
+# bytes that nobody will miss
+_LITTLE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Passage:
         return None if self.halves is None or self.at == BEHIND else self.halves.closing[self.at]
 
     def _keep(self, where: slice, inputs: Tensor) -> None:
-        """Keep a layer's inputs of one batch, as long as all that are kept take no more room than the states."""
-        room = 0 if self.states.spilled else self.states.states.nbytes
+        """Keep a layer's inputs of one batch, as long as all that are kept take no more room than the states, or little."""
+        room = 0 if self.states.spilled else max(self.states.states.nbytes, _LITTLE)
         if sum(kept.nbytes for kept in self._kept.values()) + inputs.nbytes <= room:
             self._kept[where.start] = inputs
 
