@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.core.statistics import InputStatistics, blocks_above_diagonal
+from lowbit.core.statistics import InputStatistics, blocks_above_diagonal, rough_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -35,3 +35,15 @@ def test_blocks_cover_the_upper_triangle_once(features: int) -> None:
     assert bool((seen >= torch.ones_like(seen).triu()).all())
     if features >= 1024:
         assert seen.sum(dtype=torch.int64) < 0.64 * features**2
+
+
+def test_rough_products_are_good_for_sums_of_what_does_not_cancel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(900, 512, generator=generator) * torch.logspace(-1, 1, 512)
+    inputs += torch.randn(900, 8, generator=generator) @ torch.randn(8, 512, generator=generator) * 3
+    gram, weight = inputs.T @ inputs / 900, torch.randn(300, 512, generator=generator) * 0.02
+    with rough_products(weight.device):
+        found = ((weight @ gram) * weight).sum()
+    expected = ((weight.double() @ gram.double()) * weight.double()).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(weight @ gram, (weight.double() @ gram.double()).float(), rtol=1e-4, atol=1e-4)

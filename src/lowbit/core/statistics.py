@@ -144,6 +144,15 @@ def tensor_float32_products(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def rough_products(device: torch.device) -> Iterator[None]:
+    """As above, and on a CPU that has units for it with operands of 8 significant bits: for products that are summed up and
+    reported, where large numbers do not cancel."""
+    rough = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    with _bfloat16_products() if rough else tensor_float32_products(device):
+        yield
+
+
+@contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """oneDNN multiplies float32 operands as bfloat16 inside: exact for operands that came from bfloat16."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added at run time

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.core.contracts import Needs, Quantized
 from lowbit.core.distributed import World
 from lowbit.core.qtensor import QTensor
-from lowbit.core.statistics import InputStatistics, tensor_float32_products
+from lowbit.core.statistics import InputStatistics, rough_products, tensor_float32_products
 from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline import experts
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
@@ -163,10 +163,11 @@ def _measure_(
     statistics, of the weights. Every process measures its share of the rows."""
     gram = None if statistics is None else statistics.gram
     share = world.share(len(weight))
-    with tensor_float32_products(weight.device):
-        for start in range(share.start, share.stop, _ROWS):
-            rows = slice(start, min(start + _ROWS, share.stop))
+    for start in range(share.start, share.stop, _ROWS):
+        rows = slice(start, min(start + _ROWS, share.stop))
+        with tensor_float32_products(weight.device):
             powers[rows, 0] = _power(weight[rows] - quantized[rows], gram)
+        with rough_products(weight.device):  # unlike the errors, weights are not chosen to cancel
             powers[rows, 1] = _power(weight[rows], gram)
 
 
