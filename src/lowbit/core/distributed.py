@@ -7,7 +7,6 @@ One process alone is a World of size 1, and everything below is then free.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +37,13 @@ class World:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
+    def shares(self, count: int) -> list[slice]:
+        """Every process's part of `count` things in a row; the parts differ by one at most."""
+        return [slice(count * rank // self.size, count * (rank + 1) // self.size) for rank in range(self.size)]
+
     def share(self, count: int) -> slice:
-        """This process's part of `count` things in a row; the parts differ by one at most."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        """This process's part of them."""
+        return self.shares(count)[self.rank]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes: bit for bit the same in each."""
@@ -57,11 +60,6 @@ class World:
     def lengths(self, part: Tensor) -> list[int]:
         """How many rows every process has."""
         return [len(part)]
-
-    def shares(self, count: int) -> list[int]:
-        """The lengths of every process's share of `count` things."""
-        ends = [count * rank // self.size for rank in range(self.size + 1)]
-        return [stop - start for start, stop in itertools.pairwise(ends)]
 
     def concatenate(self, part: Tensor, lengths: Sequence[int]) -> Tensor:
         """The parts of all processes one after another, along the first dimension; lengths: of each of them."""

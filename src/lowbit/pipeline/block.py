@@ -146,7 +146,8 @@ def _by_all(job: BlockJob, plan: LayerPlan, stacked: Tensor, statistics: InputSt
     part: Quantized = plan.method.quantize(own, statistics, scheme, plan.options, dtype)
     if job.world.size == 1:
         return part
-    tensor, rows = part.tensor, job.world.shares(len(stacked))
+    tensor = part.tensor
+    rows = [share.stop - share.start for share in job.world.shares(len(stacked))]
     whole = replace(
         tensor,
         codes=job.world.concatenate(tensor.codes, rows),

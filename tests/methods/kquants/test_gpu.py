@@ -26,15 +26,6 @@ AFFINE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU here; TRITON_INTERPRET=1 runs this without one")
-    return "cpu"
-
-
 def sub_blocks(n: int) -> Tensor:
     """[n, B] of every distribution."""
     parts = [make(generator(name)).flatten()[: n * LANES].view(LANES, n) for name, make in DISTRIBUTIONS.items()]

@@ -16,15 +16,6 @@ triton = pytest.importorskip("triton")
 INTERPRETED = ["Q4_K", "Q6_K", "Q5_1", "Q8_0"]
 
 
-@pytest.fixture(scope="module")
-def device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU here; TRITON_INTERPRET=1 runs this without one")
-    return "cpu"
-
-
 @pytest.fixture
 def kind(request: pytest.FixtureRequest, device: str) -> str:
     name: str = request.param
