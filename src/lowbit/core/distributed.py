@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,25 +80,30 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class _Ranks(World):
-    """Processes joined by torch.distributed: NCCL between GPUs, gloo between CPUs."""
+    """Processes joined by torch.distributed: NCCL for what is on GPUs, gloo for what is on CPUs.
+
+    connected: done when GPUs can talk to each other, which takes NCCL a second or two.
+    """
+
+    connected: Future[None] | None = None
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        with _lost_processes():
+        with self._talking_about(tensor):
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        with _lost_processes():
+        with self._talking_about(tensor):
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return tensor
 
     def total(self, count: int) -> int:
-        return int(self.sum_(torch.tensor(count, device=self._device)))
+        return int(self.sum_(torch.tensor(count)))
 
     def lengths(self, part: Tensor) -> list[int]:
-        rows = torch.tensor([len(part)], device=part.device)
+        rows = torch.tensor([len(part)])
         counts = [torch.empty_like(rows) for _ in range(self.size)]
-        with _lost_processes():
+        with self._talking_about(rows):
             torch.distributed.all_gather(counts, rows)
         return [int(count) for count in counts]
 
@@ -106,15 +112,10 @@ class _Ranks(World):
         flat = part.reshape(len(part), math.prod(part.shape[1:])).contiguous().view(torch.uint8)
         padded = torch.nn.functional.pad(flat, (0, 0, 0, max(lengths) - len(part)))
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        with _lost_processes():
+        with self._talking_about(padded):
             torch.distributed.all_gather(parts, padded)
         whole = torch.cat([one[:length] for one, length in zip(parts, lengths, strict=True)])
         return whole.view(part.dtype).view(sum(lengths), *part.shape[1:])
-
-    @property
-    def _device(self) -> torch.device:
-        nccl = torch.distributed.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def from_leader(self, compute: Callable[[], T]) -> T:
         value = [compute() if self.leads else None]
@@ -123,9 +124,16 @@ class _Ranks(World):
         return value[0]  # type: ignore[return-value]  # filled in by now: the leader's
 
     def same_(self, tensor: Tensor) -> Tensor:
-        with _lost_processes():
+        with self._talking_about(tensor):
             torch.distributed.broadcast(tensor, src=0)
         return tensor
+
+    @contextmanager
+    def _talking_about(self, tensor: Tensor) -> Iterator[None]:
+        with _lost_processes():
+            if tensor.is_cuda and self.connected is not None:
+                self.connected.result()
+            yield
 
 
 def started_by_torchrun() -> bool:
@@ -167,18 +175,28 @@ def joined(device: torch.device) -> Iterator[World]:
     if not started_by_torchrun():
         yield ALONE
         return
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     else:  # processes of one machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    backend = "nccl" if device.type == "cuda" else "gloo"
     with _lost_processes():
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
-    # after an error the process ends: leaving in good order would wait for others that are waiting for this one
-    yield _Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    with ThreadPoolExecutor(1) as pool:
+        # text is sampled and files are opened meanwhile
+        connected = pool.submit(_connect, device) if cuda else None
+        # after an error the process ends: leaving in good order would wait for others that are waiting for this one
+        yield _Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), connected)
     with _lost_processes():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _connect(device: torch.device) -> None:
+    """Have NCCL find the other GPUs, which it does at the first thing they say."""
+    torch.cuda.set_device(device)  # a thread's own
+    torch.distributed.all_reduce(torch.zeros(1, device=device))
+    torch.cuda.synchronize(device)
 
 
 @contextmanager
