@@ -2,7 +2,8 @@
 
 Writes random checkpoints of that shape with a few layers (time does not depend on the values), quantizes each, and prints
 seconds, seconds a layer from the difference, what all layers would take, and peak memory. Seconds run from files to files;
-stages are parts of them. `--experts` makes the shape Mixtral's. `--trace` also says where the time of a GPU goes.
+stages are parts of them. With several numbers of GPUs every run is a program of its own: each pays for starting CUDA.
+`--experts` makes the shape Mixtral's. `--trace` also says where the time of a GPU goes.
 
     .venv/bin/python benchmarks/gpu_7b.py --layers 2,6 --method gptq,awq,fp8
     .venv/bin/python benchmarks/gpu_7b.py --hidden 8192 --intermediate 28672 --heads 64 --kv-heads 8 --layers 2,4 --whole 80
@@ -109,12 +110,12 @@ def _arguments() -> argparse.Namespace:
 def _quantize(
     model: Path, text: Path, arguments: argparse.Namespace, chosen: str, gpus: int, layers: int, samples: int
 ) -> Row:
-    """Seconds are from files to files; with several GPUs, without starting Python and CUDA."""
+    """Seconds are from files to files, without starting Python."""
     method, *options = chosen.split(":")
     folder = text.parent / "out"
     folder.mkdir()
     output = folder / ("out.gguf" if is_gguf_method(method) else "out")
-    if gpus > 1:
+    if max(arguments.gpus) > 1:
         record, stages = _by_command(model, output, text, arguments, method, options, gpus, samples), {}
         seconds, peak = record["run"]["seconds"], record["run"]["peak_memory_mib"]
     else:
