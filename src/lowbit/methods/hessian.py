@@ -81,7 +81,13 @@ def invert_lower_(matrix: Tensor) -> None:
     first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
     invert_lower_(first)
     invert_lower_(last)
-    below.copy_((last @ below) @ first).neg_()
+    # in blocks, without those that are zero
+    product = torch.empty_like(below)
+    for rows, _ in blocks_above_diagonal(len(last)):
+        torch.mm(last[rows, : rows.stop], below[: rows.stop], out=product[rows])
+    for columns, rest in blocks_above_diagonal(half):
+        torch.mm(product[:, rest], first[rest, columns], out=below[:, columns])
+    below.neg_()
 
 
 def turn_(matrix: Tensor) -> None:
