@@ -180,7 +180,7 @@ def joined(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:  # processes of one machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    with _lost_processes():
+    with _lost_processes("a node that is not reachable under its host name names its network: GLOO_SOCKET_IFNAME=eth0"):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     with ThreadPoolExecutor(1) as pool:
         # text is sampled and files are opened meanwhile
@@ -200,12 +200,12 @@ def _connect(device: torch.device) -> None:
 
 
 @contextmanager
-def _lost_processes() -> Iterator[None]:
+def _lost_processes(hint: str = "run the same command again to continue where it stopped") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DistributedError(
             f"another process of this run ended or cannot be reached ({reason}): nothing that was finished is lost",
-            hint="run the same command again to continue where it stopped",
+            hint=hint,
         ) from error
