@@ -109,6 +109,19 @@ def test_dry_run_names_every_layer_and_the_exact_size(artifact: Path, tiny_llama
     assert (artifact / "model.safetensors").stat().st_size == plan["bytes"] + 8 + header
 
 
+def test_dry_run_of_a_gguf_file_says_what_it_takes(tiny_llama: Path) -> None:
+    text = ["--dataset", "pydoc", "--num-samples", "8", "--seq-len", "64"]
+    plain, second = (
+        json.loads(run("quantize", tiny_llama, "--method", "q8_0", *more, "--dry-run", "--json").stdout)
+        for more in ([], text)
+    )
+    assert plain["bytes"] == second["bytes"] > 0
+    assert 2**28 < plain["predicted_memory"] < second["predicted_memory"] < 2**32
+    assert plain["predicted_seconds"] > 0
+    shown = run("quantize", tiny_llama, "--method", "q8_0", *text, "--dry-run")
+    assert "would take about" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "error", "hint"),
     [

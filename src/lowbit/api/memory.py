@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.api.gguf_options import gguf_options
+from lowbit.api.gguf_options import NO_TEXT, gguf_options
 from lowbit.api.quantize import recipe_for
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
@@ -17,6 +17,8 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.gguf import PlannedTensor
 from lowbit.formats.reader import open_artifact
 from lowbit.methods.kquants.policy import PolicyOptions, TensorInfo
+from lowbit.pipeline.estimate import Estimate, Machine, Training
+from lowbit.pipeline.gguf_estimate import GgufWork, estimate_gguf
 from lowbit.pipeline.plan import make_plan
 from lowbit.pipeline.writer import stored_bytes
 from lowbit.recipe import Recipe
@@ -110,6 +112,17 @@ class Model:
         """Every tensor of the file that a GGUF recipe gives, with its type."""
         tensors, shape, _ = self._gguf
         return gguf_plan(recipe.method, tensors, shape, _policy(recipe))
+
+    def gguf_estimate(self, recipe: Recipe, machine: Machine, dtype: torch.dtype) -> Estimate:
+        """What making that file will about take; dtype: of forward passes. Raises LowbitError for a recipe that is refused."""
+        options, text, tune = gguf_options(recipe), recipe.calibration, recipe.tune
+        training = Training(
+            options.learn_steps, options.learn_batch * text.seq_len, tune.steps, tune.batch * text.seq_len
+        )
+        assert options.refine is not None  # decided by gguf_options
+        windows = 0 if text.dataset == NO_TEXT else text.num_samples
+        work = GgufWork(options.refine, windows, text.seq_len, self.gguf is None, training)
+        return estimate_gguf(self.gguf_plan(recipe), work, machine, dtype)
 
     @cached_property
     def _gguf(self) -> tuple[list[TensorInfo], ModelShape, int]:

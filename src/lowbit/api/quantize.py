@@ -86,7 +86,15 @@ def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None)
     settings = settings or Settings()
     run = _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, Silent())
     text = recipe.calibration
-    expected = estimate(run.plan, run.model, text.num_samples, text.seq_len, sequential=recipe.sequential)
+    expected = estimate(
+        run.plan,
+        run.model,
+        text.num_samples,
+        text.seq_len,
+        sequential=recipe.sequential,
+        tune_steps=recipe.tune.steps,
+        tune_batch=recipe.tune.batch,
+    )
     return run.plan, expected
 
 

@@ -7,18 +7,31 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowbit.api.run import Settings
+    from lowbit.pipeline.estimate import Estimate
     from lowbit.recipe import Recipe
 
 
-def print_gguf_plan(model: str, recipe: Recipe, revision: str | None, *, as_json: bool) -> None:
-    """Every tensor's type and the size of the file, without converting or reading a weight."""
-    from lowbit.api.memory import Model
+def print_gguf_plan(model: str, recipe: Recipe, settings: Settings, *, as_json: bool) -> None:
+    """Every tensor's type, the size of the file, and about what making it takes, without converting or reading a weight."""
+    import torch
 
-    opened = Model(model, revision=revision)
+    from lowbit.api.memory import Model
+    from lowbit.core.hardware import calibration_dtype, pick_device
+    from lowbit.pipeline.estimate import this_machine
+
+    opened = Model(model, revision=settings.revision)
     planned, size = opened.gguf_plan(recipe), opened.size(recipe)
+    device = pick_device(settings.device)
+    dtype = calibration_dtype(device, torch.float16)
+    expected = opened.gguf_estimate(recipe, this_machine(device, dtype), dtype)
     if as_json:
         tensors = {one.name: {"shape": one.shape, "type": one.ggml_type, "bytes": one.nbytes} for one in planned}
-        print(json.dumps({"bytes": size.file, "tensors": tensors, "recipe": recipe.model_dump(mode="json")}, indent=2))
+        print(json.dumps({"bytes": size.file, "predicted_memory": expected.memory,
+                          "predicted_seconds": round(expected.seconds, 1), "tensors": tensors,
+                          "recipe": recipe.model_dump(mode="json")}, indent=2))  # fmt: skip
         return
     from rich.console import Console
     from rich.table import Table
@@ -32,6 +45,13 @@ def print_gguf_plan(model: str, recipe: Recipe, revision: str | None, *, as_json
         table.add_row(name, kind, str(len(sizes)), f"{sum(sizes) / 2**20:.2f}")
     console = Console()
     console.print(table)
+    console.print(f"the file will take {size.file / 2**20:.1f} MiB, give or take some kilobytes of metadata")
+    print_expected(console, expected)
+
+
+def print_expected(console: Console, expected: Estimate) -> None:
+    """The last line of every --dry-run."""
     console.print(
-        f"the file will take {size.file / 2**20:.1f} MiB, give or take some kilobytes of metadata; nothing was done (--dry-run)"
+        f"quantizing it here would take about {expected.seconds:.0f} s and {expected.memory / 2**30:.1f} GiB of memory, "
+        "verification apart; nothing was done (--dry-run)"
     )

@@ -173,7 +173,7 @@ def quantize(
     if dry_run and chosen.format == "gguf":
         from lowbit.commands.gguf_plan import print_gguf_plan
 
-        print_gguf_plan(model, chosen, revision, as_json=as_json)
+        print_gguf_plan(model, chosen, settings, as_json=as_json)
         return
     if dry_run:
         _print_plan(*plan(model, recipe=chosen, settings=settings), chosen, as_json)
@@ -244,6 +244,8 @@ def _print_plan(plan: Any, expected: Any, recipe: Recipe, as_json: bool) -> None
     from rich.console import Console
     from rich.table import Table
 
+    from lowbit.commands.gguf_plan import print_expected
+
     table = Table("layer", "out x in", "method", "numbers", "MiB", header_style="bold")
     for path, layer in plan.layers.items():
         stored = sum(spec.nbytes for name, spec in plan.layout.items() if name.rpartition(".")[0] == path)
@@ -257,10 +259,7 @@ def _print_plan(plan: Any, expected: Any, recipe: Recipe, as_json: bool) -> None
     if weights:
         console.print(f"{len(plan.layers)} layers, {bits / weights:.3f} bits per quantized weight with all metadata")
     console.print(f"the artifact will take exactly {plan.nbytes / 2**20:.1f} MiB")
-    console.print(
-        f"quantizing it here would take about {expected.seconds:.0f} s and {expected.memory / 2**30:.1f} GiB of memory, "
-        "verification apart; nothing was done (--dry-run)"
-    )
+    print_expected(console, expected)
 
 
 def _print_result(result: Any) -> None:

@@ -9,10 +9,18 @@ import torch
 
 from lowbit.core.hardware import matrix_rate
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import LayerPlan, Plan
 
-_LIBRARIES = 500 * 2**20  # torch and transformers, resident
+LIBRARIES = 450 * 2**20  # torch and transformers, resident
 _MATRIX_COPIES = 6  # float32 copies of a stacked weight that a method holds at its peak
+# of a training step: bytes kept of a token for every hidden column, float32 copies of the trained weights, and seconds on a
+# GPU however small the block is (launches)
+_TOKEN_BYTES, _TRAINED_COPIES, _LAUNCHES = 160, 8, 0.03
+# a training step runs a block forward and back; the last pass forward, forward once more and back
+_LEARN_PASSES, _TUNE_PASSES = 3, 4
+# how much of the rate of large products training reaches: a CPU spends most of it on everything between them
+_TRAINING_RATE = {"cpu": 0.25, "cuda": 1.0}
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,54 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, sequential: bool) -> Estimate:
-    """Estimate quantizing on calibration windows [windows, tokens]."""
+@dataclass(frozen=True)
+class Machine:
+    """Operations a second of matrix products: fast in the dtype of the forward passes, exact in float32."""
+
+    device: torch.device
+    fast: float
+    exact: float
+
+
+def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measure a device, for half a second. dtype: of the forward passes."""
+    return Machine(device, matrix_rate(device, dtype), matrix_rate(device, torch.float32))
+
+
+@dataclass(frozen=True)
+class Training:
+    """learn: gradient steps a block, tune: of the last pass; with so many tokens a step."""
+
+    learn: int = 0
+    learn_tokens: int = 0
+    tune: int = 0
+    tune_tokens: int = 0
+
+    def seconds(self, block: int, blocks: int, machine: Machine) -> float:
+        """For `blocks` blocks of `block` weights."""
+        rate = _TRAINING_RATE[machine.device.type] * machine.fast
+        learn = self.learn * (_LEARN_PASSES * 2 * block * self.learn_tokens / rate)
+        tune = self.tune * (_TUNE_PASSES * 2 * block * self.tune_tokens / rate)
+        launches = 0.0 if machine.device.type == "cpu" else _LAUNCHES
+        return blocks * (learn + tune + launches * (self.learn + self.tune / 2))
+
+    def memory(self, block: int, hidden: int) -> int:
+        """Bytes of one step's graph beside the block itself."""
+        tokens = max(self.learn_tokens if self.learn else 0, self.tune_tokens if self.tune else 0)
+        return tokens * hidden * _TOKEN_BYTES + (4 * _TRAINED_COPIES * block if self.learn else 0)
+
+
+def estimate(
+    plan: Plan,
+    model: StreamedModel,
+    windows: int,
+    tokens: int,
+    *,
+    sequential: bool,
+    tune_steps: int = 0,
+    tune_batch: int = 0,
+) -> Estimate:
+    """Estimate quantizing on calibration windows [windows, tokens], and tune_steps of tune_batch windows after it."""
     streams = 1 + any(layer.method.needs(layer.options).original for layer in plan.layers.values())
     count = windows * tokens if plan.needs_calibration else 0
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
@@ -32,17 +86,24 @@ def estimate(plan: Plan, model: StreamedModel, windows: int, tokens: int, *, seq
     groups = _input_groups(plan, model)
     stored = 2 * block if plan.dtype == model.dtype else 2 * block + block * model.dtype.itemsize
     working = max((_working_bytes(group, streams) for group in groups), default=0)
+    training = _training(plan, tokens, tune_steps, tune_batch)
     # step by step, inputs of the layer in hand are kept as well, up to the size of the states (passage.py)
     states = (streams + sequential) * count * hidden * model.dtype.itemsize
     passes = (2.5 if sequential else 2.0) * streams
     exact = sum(_method_operations(group) for group in groups)
     fast = passes * 2 * block * count + sum(streams * 2 * group[0].shape[1] ** 2 * count for group in groups if count)
+    machine = this_machine(model.device, model.dtype)
     blocks = len(model.blocks)
-    seconds = blocks * (
-        fast / matrix_rate(model.device, model.dtype) + exact / matrix_rate(model.device, torch.float32)
-    )
-    memory = stored + states + working + (_LIBRARIES if model.device.type == "cpu" else 0)
+    seconds = blocks * (fast / machine.fast + exact / machine.exact) + training.seconds(block, blocks, machine)
+    libraries = LIBRARIES if model.device.type == "cpu" else 0
+    memory = stored + states + max(working, training.memory(block, hidden)) + libraries
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
+
+
+def _training(plan: Plan, tokens: int, tune_steps: int, tune_batch: int) -> Training:
+    learned = [layer.options for layer in learning_layers(plan.layers)]
+    steps, batch = (learned[0].steps, learned[0].batch) if learned else (0, 0)
+    return Training(steps, batch * tokens, tune_steps, tune_batch * tokens)
 
 
 def _input_groups(plan: Plan, model: StreamedModel) -> list[list[LayerPlan]]:

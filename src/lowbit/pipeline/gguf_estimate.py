@@ -1,0 +1,107 @@
+"""What making a GGUF file will about take, before it starts; as estimate.py has it for the other formats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lowbit.formats.gguf import PlannedTensor
+from lowbit.methods.kquants.second_order import CUDA_WEIGHTS
+from lowbit.pipeline.estimate import LIBRARIES, Estimate, Machine, Training
+
+# all but the tensors that have another's inputs: keys and values the queries', the gate those of `up`
+_INPUT = re.compile(r"\.(?!attn_k\.|attn_v\.|ffn_gate\.|\w+_exps\.)\w+\.weight$")
+_HEADS = ("output.weight", "token_embd.weight")
+# float32 operations that take as long as searching a grid for one weight, and as the loops of second-order rounding take for
+# one weight and one column: measured on 2 CPU cores and on an H100
+_SEARCH = {"cpu": 7600, "cuda": 300}
+_LOOPS = {"cpu": 160, "cuda": 14}
+_COPIES = 8  # float32 copies of a matrix that is rounded to second order
+_DISK = 1.5e9  # bytes a second
+_CONVERTER_STARTS = 5.0  # seconds
+# forward passes through a block: watched as a whole; layer by layer, of each of the two streams
+_PASSES = {"imatrix": 2.0, "hessian": 5.0}
+_SEARCHES = {"none": 1.0, "imatrix": 2.0, "hessian": 1.0}
+_NONE = Training()
+
+
+@dataclass(frozen=True)
+class GgufWork:
+    """What is asked for. converts: a checkpoint becomes an unquantized GGUF file first."""
+
+    refine: Literal["none", "imatrix", "hessian"]
+    windows: int
+    tokens: int
+    converts: bool
+    training: Training = _NONE
+
+
+def estimate_gguf(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine, dtype: torch.dtype) -> Estimate:
+    """Estimate a file of `planned` tensors; dtype: of the forward passes."""
+    sizes = [(tensor.rows, tensor.shape[-1]) for tensor in planned if len(tensor.shape) > 1]
+    weights = sum(rows * columns for rows, columns in sizes)
+    files = 2 * weights * (3 if work.converts else 1) + sum(tensor.nbytes for tensor in planned)
+    seconds = files / _DISK + (_CONVERTER_STARTS if work.converts else 0.0)
+    seconds += _SEARCHES[work.refine] * _SEARCH[machine.device.type] * weights / machine.exact
+    memory = 4 * max(rows * columns for rows, columns in sizes)
+    memory += LIBRARIES if machine.device.type == "cpu" else 0
+    if work.refine == "none":
+        return Estimate(memory, seconds)
+    more = _watching(planned, work, machine, dtype)
+    if work.refine == "hessian":
+        rounding = _rounding(planned, work, machine)
+        more = Estimate(more.memory + rounding.memory, more.seconds + rounding.seconds)
+    return Estimate(memory + more.memory, seconds + more.seconds)
+
+
+def _watching(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine, dtype: torch.dtype) -> Estimate:
+    """Taking the states of calibration text through the blocks."""
+    blocks = _blocks(planned)
+    table = next(tensor for tensor in planned if tensor.name == "token_embd.weight")
+    hidden, count = table.shape[-1], work.windows * work.tokens
+    states = count * hidden * dtype.itemsize
+    # two streams and the inputs of the layer in hand; else one, and the embedding as it is stored and as it computes
+    memory = 3 * states if work.refine == "hessian" else states + 2 * dtype.itemsize * table.rows * hidden
+    seconds = _PASSES[work.refine] * 2 * sum(map(_weights, blocks)) * count / machine.fast
+    return Estimate(memory + 2 * dtype.itemsize * max(map(_weights, blocks)), seconds)
+
+
+def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine) -> Estimate:
+    """Gram matrices, factors, column loops and sweeps of second order, and training after them."""
+    blocks, count = _blocks(planned), work.windows * work.tokens
+    inputs = [tensor.shape[-1] for block in blocks for tensor in block if _INPUT.search(tensor.name)]
+    # experts that are merged into one tensor are rounded plainly
+    rounded = [tensor for block in blocks for tensor in block if len(tensor.shape) == 2]
+    rounded.append(next(tensor for name in _HEADS for tensor in planned if tensor.name == name))
+    gram = sum(2 * 2.0 * columns**2 * count for columns in inputs)
+    loops = sum(_LOOPS[machine.device.type] * tensor.rows * float(tensor.shape[-1]) ** 2 for tensor in rounded)
+    factors = sum(3.0 * columns**3 for columns in inputs)
+    block = max(map(_weights, blocks))
+    training = work.training.seconds(block, len(blocks), machine)
+    working = max(_working_bytes(tensor, machine.device) for tensor in rounded)
+    graph = work.training.memory(block, rounded[-1].shape[-1])
+    return Estimate(max(working, graph), gram / machine.fast + (loops + factors) / machine.exact + training)
+
+
+def _blocks(planned: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    """Every block's matrices."""
+    found: dict[str, list[PlannedTensor]] = {}
+    for tensor in planned:
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            found.setdefault(tensor.name.split(".")[1], []).append(tensor)
+    return list(found.values())
+
+
+def _weights(block: Sequence[PlannedTensor]) -> int:
+    return sum(tensor.rows * tensor.shape[-1] for tensor in block)
+
+
+def _working_bytes(tensor: PlannedTensor, device: torch.device) -> int:
+    """Hessian, cross matrix, factor and one more; copies of the matrix, which a GPU takes in pieces."""
+    weights = tensor.rows * tensor.shape[-1]
+    at_once = weights if device.type == "cpu" else min(weights, CUDA_WEIGHTS)
+    return 4 * (4 * tensor.shape[-1] ** 2 + _COPIES * at_once)
