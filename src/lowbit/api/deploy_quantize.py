@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from lowbit.api.deploy_images import lowbit_image
@@ -16,7 +17,7 @@ from lowbit.deploy.objects.job import RECIPES
 from lowbit.deploy.objects.jobset import LONGEST_NAME
 from lowbit.deploy.objects.pod import MODELS, OUTPUT
 from lowbit.deploy.spec import QuantizeSpec, SweepItem, dns_name
-from lowbit.pipeline.estimate import estimate
+from lowbit.pipeline.estimate import Machine, estimate
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import make_plan
 from lowbit.recipe import Recipe
@@ -153,8 +154,6 @@ def _recipes(wish: QuantizeWish) -> dict[str, Recipe]:
         own = {
             key: value for key, value in changes.items() if key not in ("group_size", "bits", "symmetric") or grouped
         }
-        if recipe.format == "gguf" and recipe.calibration.dataset == "none":
-            own.pop("dataset", None)
         made[method] = recipe.updated(**own)
     if len(made) != len(wish.methods):
         raise RecipeError("a method is named twice", hint="each once")
@@ -164,8 +163,9 @@ def _recipes(wish: QuantizeWish) -> dict[str, Recipe]:
 def _memory(shapes: Model, recipe: Recipe, device: str, gpus: int) -> int:
     """Bytes of the container: the pipeline's estimate with a third to spare; beside GPUs, what each process reads ahead."""
     if recipe.format == "gguf":
-        vocabulary = 4 * shapes.shape.vocabulary * shapes.shape.hidden
-        return 4 * GIB + 4 * vocabulary
+        least = 4 * GIB + 4 * 4 * shapes.shape.vocabulary * shapes.shape.hidden
+        need = shapes.gguf_estimate(recipe, Machine(torch.device("cpu"), 1.0, 1.0), torch.bfloat16).memory
+        return max(least, int(1.33 * need) + 2 * GIB) if device == "cpu" else least
     plan = make_plan(recipe, shapes.streamed)
     text = recipe.calibration
     need = estimate(plan, shapes.streamed, text.num_samples, text.seq_len, sequential=recipe.sequential).memory
