@@ -34,14 +34,24 @@ def group_of_columns(columns: int, scheme: WeightScheme, device: torch.device) -
     return torch.arange(columns, device=device) // scheme.columns_per_scale(columns)
 
 
-def by_column(values: Tensor, groups: Tensor) -> Tensor:
-    """[out, groups] -> [out, in]: what each column's group has."""
+def by_column(values: Tensor, groups: Tensor, *, consecutive: bool | None = None) -> Tensor:
+    """[out, groups] -> [out, in]: what each column's group has.
+
+    consecutive: whether `are_consecutive`, where it is known; asking a GPU would halt it, so there it is not asked.
+    """
     count = values.shape[1]
-    if not values.is_cuda and len(groups) % count == 0:
-        size = len(groups) // count
-        if torch.equal(groups, torch.arange(len(groups)) // size):  # repeated in a third of the time of a gather
-            return values[:, :, None].expand(-1, -1, size).reshape(len(values), -1)
+    if consecutive is None:
+        consecutive = not values.is_cuda and are_consecutive(groups, count)
+    if consecutive:  # repeated in a third of the time of a gather, and a gradient is a sum instead of a scatter
+        return values[:, :, None].expand(-1, -1, len(groups) // count).reshape(len(values), -1)
     return values[:, groups]
+
+
+def are_consecutive(groups: Tensor, count: int) -> bool:
+    """Whether each of `count` groups [in] is a run of equally many columns, in order."""
+    if len(groups) % count:
+        return False
+    return torch.equal(groups, torch.arange(len(groups), device=groups.device) // (len(groups) // count))
 
 
 def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 
 @contextmanager
@@ -14,14 +16,19 @@ def reproducible() -> Iterator[None]:
     """Kernels that add up in the same order every time (attention's backward pass on a GPU does not by itself)."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     with warnings.catch_warnings():
         # cuBLAS asks for a workspace setting that only matters with several streams
         warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # every new tensor would be filled with NaN first, though none is read before it is written
+        settings.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warned)
+            settings.fill_uninitialized_memory = filled
 
 
 @contextmanager

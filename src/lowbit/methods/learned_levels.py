@@ -37,11 +37,16 @@ class Levels:
 
     def rank(self, values: Tensor) -> Tensor:
         """int64: which level is nearest."""
-        values = values.detach()
-        place = values - self.values[0] if self.even else self.position(values)
-        return place.clamp(0, len(self.values) - 1).round().long()
+        return self._nearest(values).long()
 
     def rounded(self, values: Tensor) -> Tensor:
         """The nearest level; its gradient is that of the values within the levels' range."""
         bounded = values.clamp(self.values[0], self.values[-1])
-        return self.values[self.rank(values)] + (bounded - bounded.detach())
+        nearest = self._nearest(values)
+        level = nearest + self.values[0] if self.even else self.values[nearest.long()]
+        return level + (bounded - bounded.detach())
+
+    def _nearest(self, values: Tensor) -> Tensor:
+        values = values.detach()
+        place = values - self.values[0] if self.even else self.position(values)
+        return place.clamp(0, len(self.values) - 1).round()

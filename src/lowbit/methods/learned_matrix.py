@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.codebooks import codebook, group_scale
-from lowbit.core.primitives import stored_scale
+from lowbit.core.primitives import are_consecutive, by_column, stored_scale
 from lowbit.core.qtensor import QTensor
 from lowbit.methods.learned_levels import Levels
 
@@ -28,7 +28,8 @@ class LearnedMatrix:
         self.zero = torch.zeros_like(self.scale)
         if integer:
             self.zero = start.zero.float() if start.zero is not None else self.zero + start.scheme.middle
-        wanted = weight / self.scale[:, self.groups] + self.zero[:, self.groups]
+        self.consecutive = are_consecutive(self.groups, self.scale.shape[1])
+        wanted = weight / self._by_column(self.scale) + self._by_column(self.zero)
         self.position = self.levels.begin(wanted, _values(start)).requires_grad_()
         self.stretches = [torch.ones_like(self.scale).requires_grad_()] if integer else []
 
@@ -39,7 +40,7 @@ class LearnedMatrix:
         for stretch in self.stretches:
             scale = scale * stretch
             scale = scale + (stored_scale(scale.detach(), self.start.scale.dtype) - scale).detach()
-        return (value - self.zero[:, self.groups]) * scale[:, self.groups]
+        return (value - self._by_column(self.zero)) * self._by_column(scale)
 
     @torch.no_grad()
     def result(self) -> QTensor:
@@ -54,9 +55,12 @@ class LearnedMatrix:
         """Values on the stretched grid: a scale that grows leaves a weight where it is, so its value shrinks."""
         value = self.levels.value(self.position)
         for stretch in self.stretches:
-            zero = self.zero[:, self.groups]
-            value = (value - zero) / stretch[:, self.groups] + zero
+            zero = self._by_column(self.zero)
+            value = (value - zero) / self._by_column(stretch) + zero
         return value
+
+    def _by_column(self, values: Tensor) -> Tensor:
+        return by_column(values, self.groups, consecutive=self.consecutive)
 
 
 def _grid(start: QTensor, device: torch.device) -> tuple[Levels, Tensor]:

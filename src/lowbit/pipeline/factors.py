@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.core.primitives import are_consecutive, by_column
 from lowbit.core.streamed_model import StreamedModel
 
 # Kingma and Ba 2014; the second moment forgets faster than usual since there are few steps
@@ -39,6 +40,9 @@ class Factors:
         """
         self.file = file
         self.columns = {path: groups.to(device) for path, groups in columns.items()}
+        self._consecutive = {
+            path: are_consecutive(groups, int(groups.max()) + 1) for path, groups in self.columns.items()
+        }
         self.minimums = {path: minimum.to(device) for path, minimum in (minimums or {}).items()}
         self._places: list[dict[str, tuple[int, tuple[int, ...]]]] = []
         self._paths = [artifact.block_path(index) for index in range(len(artifact.blocks))]
@@ -80,7 +84,7 @@ class Factors:
         path = f"{self._paths[index]}.{name.removesuffix('.weight')}"
         matrix = weight.float().T if self.transposed else weight.float()
         scale, minimum = factor.unbind() if path in self.minimums else (factor, None)
-        changed = matrix * (1 + scale)[:, self.columns[path]]
+        changed = matrix * by_column(1 + scale, self.columns[path], consecutive=self._consecutive[path])
         if minimum is not None:
             # q = scale * level - minimum, so scale * level is q + minimum
             changed = changed + _spread_minimum(self.minimums[path], scale - minimum, matrix.shape[1])
