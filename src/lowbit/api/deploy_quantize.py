@@ -167,8 +167,16 @@ def _memory(shapes: Model, recipe: Recipe, device: str, gpus: int) -> int:
         need = shapes.gguf_estimate(recipe, Machine(torch.device("cpu"), 1.0, 1.0), torch.bfloat16).memory
         return max(least, int(1.33 * need) + 2 * GIB) if device == "cpu" else least
     plan = make_plan(recipe, shapes.streamed)
-    text = recipe.calibration
-    need = estimate(plan, shapes.streamed, text.num_samples, text.seq_len, sequential=recipe.sequential).memory
+    text, tune = recipe.calibration, recipe.tune
+    need = estimate(
+        plan,
+        shapes.streamed,
+        text.num_samples,
+        text.seq_len,
+        sequential=recipe.sequential,
+        tune_steps=tune.steps,
+        tune_batch=tune.batch,
+    ).memory
     block = 2 * sum(parameter.numel() for parameter in shapes.streamed.blocks[0].parameters())
     ends = 2 * 2 * shapes.shape.vocabulary * shapes.shape.hidden
     return int(1.33 * need) + 2 * GIB + ends if device == "cpu" else 4 * GIB + gpus * (4 * GIB + 4 * block + 2 * ends)
