@@ -4,6 +4,7 @@ machine does in a quarter of a second of matrix products. For `--dry-run`; good 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,7 @@ _TOKEN_BYTES, _TRAINED_COPIES, _LAUNCHES = 160, 8, 0.03
 # a training step runs a block forward and back; the last pass forward, forward once more and back
 _LEARN_PASSES, _TUNE_PASSES = 3, 4
 # how much of the rate of large products training reaches: a CPU spends most of it on everything between them
-_TRAINING_RATE = {"cpu": 0.25, "cuda": 1.0}
+_TRAINING_RATE = {"cpu": 0.25, "gpu": 1.0}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Machine:
     fast: float
     exact: float
 
+    @property
+    def kind(self) -> Literal["cpu", "gpu"]:
+        """Which of the measured figures fit it."""
+        return "cpu" if self.device.type == "cpu" else "gpu"
+
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure a device, for half a second. dtype: of the forward passes."""
@@ -56,10 +62,10 @@ class Training:
 
     def seconds(self, block: int, blocks: int, machine: Machine) -> float:
         """For `blocks` blocks of `block` weights."""
-        rate = _TRAINING_RATE[machine.device.type] * machine.fast
+        rate = _TRAINING_RATE[machine.kind] * machine.fast
         learn = self.learn * (_LEARN_PASSES * 2 * block * self.learn_tokens / rate)
         tune = self.tune * (_TUNE_PASSES * 2 * block * self.tune_tokens / rate)
-        launches = 0.0 if machine.device.type == "cpu" else _LAUNCHES
+        launches = _LAUNCHES if machine.kind == "gpu" else 0.0
         return blocks * (learn + tune + launches * (self.learn + self.tune / 2))
 
     def memory(self, block: int, hidden: int) -> int:
@@ -95,7 +101,7 @@ def estimate(
     machine = this_machine(model.device, model.dtype)
     blocks = len(model.blocks)
     seconds = blocks * (fast / machine.fast + exact / machine.exact) + training.seconds(block, blocks, machine)
-    libraries = LIBRARIES if model.device.type == "cpu" else 0
+    libraries = LIBRARIES if machine.kind == "cpu" else 0
     memory = stored + states + max(working, training.memory(block, hidden)) + libraries
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
 

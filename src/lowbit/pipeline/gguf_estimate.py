@@ -18,8 +18,8 @@ _INPUT = re.compile(r"\.(?!attn_k\.|attn_v\.|ffn_gate\.|\w+_exps\.)\w+\.weight$"
 _HEADS = ("output.weight", "token_embd.weight")
 # float32 operations that take as long as searching a grid for one weight, and as the loops of second-order rounding take for
 # one weight and one column: measured on 2 CPU cores and on an H100
-_SEARCH = {"cpu": 7600, "cuda": 300}
-_LOOPS = {"cpu": 160, "cuda": 14}
+_SEARCH = {"cpu": 7600, "gpu": 300}
+_LOOPS = {"cpu": 160, "gpu": 14}
 _COPIES = 8  # float32 copies of a matrix that is rounded to second order
 _DISK = 1.5e9  # bytes a second
 _CONVERTER_STARTS = 5.0  # seconds
@@ -46,9 +46,9 @@ def estimate_gguf(planned: Sequence[PlannedTensor], work: GgufWork, machine: Mac
     weights = sum(rows * columns for rows, columns in sizes)
     files = 2 * weights * (3 if work.converts else 1) + sum(tensor.nbytes for tensor in planned)
     seconds = files / _DISK + (_CONVERTER_STARTS if work.converts else 0.0)
-    seconds += _SEARCHES[work.refine] * _SEARCH[machine.device.type] * weights / machine.exact
+    seconds += _SEARCHES[work.refine] * _SEARCH[machine.kind] * weights / machine.exact
     memory = 4 * max(rows * columns for rows, columns in sizes)
-    memory += LIBRARIES if machine.device.type == "cpu" else 0
+    memory += LIBRARIES if machine.kind == "cpu" else 0
     if work.refine == "none":
         return Estimate(memory, seconds)
     more = _watching(planned, work, machine, dtype)
@@ -78,11 +78,11 @@ def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine
     rounded = [tensor for block in blocks for tensor in block if len(tensor.shape) == 2]
     rounded.append(next(tensor for name in _HEADS for tensor in planned if tensor.name == name))
     gram = sum(2 * 2.0 * columns**2 * count for columns in inputs)
-    loops = sum(_LOOPS[machine.device.type] * tensor.rows * float(tensor.shape[-1]) ** 2 for tensor in rounded)
+    loops = sum(_LOOPS[machine.kind] * tensor.rows * float(tensor.shape[-1]) ** 2 for tensor in rounded)
     factors = sum(3.0 * columns**3 for columns in inputs)
     block = max(map(_weights, blocks))
     training = work.training.seconds(block, len(blocks), machine)
-    working = max(_working_bytes(tensor, machine.device) for tensor in rounded)
+    working = max(_working_bytes(tensor, machine) for tensor in rounded)
     graph = work.training.memory(block, rounded[-1].shape[-1])
     return Estimate(max(working, graph), gram / machine.fast + (loops + factors) / machine.exact + training)
 
@@ -100,8 +100,8 @@ def _weights(block: Sequence[PlannedTensor]) -> int:
     return sum(tensor.rows * tensor.shape[-1] for tensor in block)
 
 
-def _working_bytes(tensor: PlannedTensor, device: torch.device) -> int:
+def _working_bytes(tensor: PlannedTensor, machine: Machine) -> int:
     """Hessian, cross matrix, factor and one more; copies of the matrix, which a GPU takes in pieces."""
     weights = tensor.rows * tensor.shape[-1]
-    at_once = weights if device.type == "cpu" else min(weights, CUDA_WEIGHTS)
+    at_once = weights if machine.kind == "cpu" else min(weights, CUDA_WEIGHTS)
     return 4 * (4 * tensor.shape[-1] ** 2 + _COPIES * at_once)
