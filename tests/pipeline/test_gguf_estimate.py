@@ -12,7 +12,7 @@ from lowbit.pipeline.estimate import Estimate, Machine, Training
 from lowbit.pipeline.gguf_estimate import GgufWork, estimate_gguf
 
 # two cores with AMX, as matrix_rate measured them
-TWO_CORES = Machine(torch.device("cpu"), 1434e9, 365e9)
+TWO_CORES = Machine("cpu", 1434e9, 365e9)
 Refine = Literal["none", "imatrix", "hessian"]
 
 

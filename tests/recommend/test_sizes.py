@@ -13,7 +13,6 @@ from lowbit.api.quantize import quantize
 from lowbit.api.run import Settings
 from lowbit.core.errors import ArchitectureError, CheckpointError
 from lowbit.core.ggml_types import FILE_TYPES
-from tests.gguf_files import write_gguf
 from tests.pipeline.test_matrix import CASES, SCHEMES, recipe_of
 
 GGUF = [name.lower() for name in FILE_TYPES]
@@ -22,17 +21,6 @@ GGUF = [name.lower() for name in FILE_TYPES]
 @pytest.fixture(scope="module")
 def block(make_model: Callable[..., Path]) -> Path:
     return make_model(num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
-def wide(make_model: Callable[..., Path]) -> Path:
-    """Rows of 256, so that k-quants fit, and large enough for 1% to be more than the metadata."""
-    return make_model(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
-
-
-@pytest.fixture(scope="module")
-def wide_gguf(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(wide, tmp_path_factory.mktemp("gguf") / "wide.gguf")
 
 
 @pytest.mark.parametrize(("name", "fmt"), [*CASES, ("bf16", "dense")])
@@ -48,21 +36,21 @@ def test_a_directory_has_the_predicted_size(block: Path, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("method", GGUF)
-def test_a_gguf_file_has_the_predicted_size(wide: Path, wide_gguf: Path, tmp_path: Path, method: str) -> None:
+def test_a_gguf_file_has_the_predicted_size(wide_llama: Path, wide_gguf: Path, tmp_path: Path, method: str) -> None:
     recipe = gguf_recipe(method)
     made = quantize(wide_gguf, output=tmp_path / "out.gguf", recipe=recipe, settings=Settings(verify=False))
     real = made.path.stat().st_size
-    assert artifact_bytes(wide, recipe) == pytest.approx(real, rel=0.01)
+    assert artifact_bytes(wide_llama, recipe) == pytest.approx(real, rel=0.01)
     assert artifact_bytes(wide_gguf, recipe) == pytest.approx(real, rel=0.01)
     # of the tensors alone the prediction is exact
-    assert Model(wide).size(recipe).weights == Model(made.path).weights
+    assert Model(wide_llama).size(recipe).weights == Model(made.path).weights
 
 
-def test_a_configuration_alone_gives_the_same_sizes(wide: Path, tmp_path: Path) -> None:
+def test_a_configuration_alone_gives_the_same_sizes(wide_llama: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        (tmp_path / name).write_bytes((wide / name).read_bytes())
+        (tmp_path / name).write_bytes((wide_llama / name).read_bytes())
     for method in ("gptq", "fp8", "nf4", "q4_k_m", "q3_k_s"):
-        expected = artifact_bytes(wide, method)
+        expected = artifact_bytes(wide_llama, method)
         assert artifact_bytes(tmp_path, method) == artifact_bytes(tmp_path / "config.json", method) == expected
 
 

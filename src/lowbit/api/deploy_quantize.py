@@ -17,7 +17,7 @@ from lowbit.deploy.objects.job import RECIPES
 from lowbit.deploy.objects.jobset import LONGEST_NAME
 from lowbit.deploy.objects.pod import MODELS, OUTPUT
 from lowbit.deploy.spec import QuantizeSpec, SweepItem, dns_name
-from lowbit.pipeline.estimate import Machine, estimate
+from lowbit.pipeline.estimate import ANY_CPU, estimate
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import make_plan
 from lowbit.recipe import Recipe
@@ -164,19 +164,10 @@ def _memory(shapes: Model, recipe: Recipe, device: str, gpus: int) -> int:
     """Bytes of the container: the pipeline's estimate with a third to spare; beside GPUs, what each process reads ahead."""
     if recipe.format == "gguf":
         least = 4 * GIB + 4 * 4 * shapes.shape.vocabulary * shapes.shape.hidden
-        need = shapes.gguf_estimate(recipe, Machine(torch.device("cpu"), 1.0, 1.0), torch.bfloat16).memory
+        need = shapes.gguf_estimate(recipe, ANY_CPU, torch.bfloat16).memory
         return max(least, int(1.33 * need) + 2 * GIB) if device == "cpu" else least
     plan = make_plan(recipe, shapes.streamed)
-    text, tune = recipe.calibration, recipe.tune
-    need = estimate(
-        plan,
-        shapes.streamed,
-        text.num_samples,
-        text.seq_len,
-        sequential=recipe.sequential,
-        tune_steps=tune.steps,
-        tune_batch=tune.batch,
-    ).memory
+    need = estimate(plan, shapes.streamed, recipe, ANY_CPU).memory
     block = 2 * sum(parameter.numel() for parameter in shapes.streamed.blocks[0].parameters())
     ends = 2 * 2 * shapes.shape.vocabulary * shapes.shape.hidden
     return int(1.33 * need) + 2 * GIB + ends if device == "cpu" else 4 * GIB + gpus * (4 * GIB + 4 * block + 2 * ends)

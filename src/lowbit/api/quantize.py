@@ -34,7 +34,7 @@ from lowbit.evals.divergence import Measurement, measure
 from lowbit.evals.verify import check
 from lowbit.formats.reader import open_artifact
 from lowbit.methods import METHODS
-from lowbit.pipeline.estimate import Estimate, estimate
+from lowbit.pipeline.estimate import Estimate, estimate, this_machine
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.output import Output, WrittenOutput
@@ -85,16 +85,8 @@ def plan(model: str | Path, *, recipe: Recipe, settings: Settings | None = None)
     much memory and time it would take here."""
     settings = settings or Settings()
     run = _Run(open_checkpoint(model, revision=settings.revision), str(model), recipe, settings, Silent())
-    text = recipe.calibration
-    expected = estimate(
-        run.plan,
-        run.model,
-        text.num_samples,
-        text.seq_len,
-        sequential=recipe.sequential,
-        tune_steps=recipe.tune.steps,
-        tune_batch=recipe.tune.batch,
-    )
+    machine = this_machine(run.model.device, run.model.dtype)
+    expected = estimate(run.plan, run.model, recipe, machine)
     return run.plan, expected
 
 

@@ -3,6 +3,7 @@ machine does in a quarter of a second of matrix products. For `--dry-run`; good 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from lowbit.core.hardware import matrix_rate
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import LayerPlan, Plan
+from lowbit.recipe import Recipe
 
 LIBRARIES = 450 * 2**20  # torch and transformers, resident
 _MATRIX_COPIES = 6  # float32 copies of a stacked weight that a method holds at its peak
@@ -36,19 +38,19 @@ class Estimate:
 class Machine:
     """Operations a second of matrix products: fast in the dtype of the forward passes, exact in float32."""
 
-    device: torch.device
+    kind: Literal["cpu", "gpu"]
     fast: float
     exact: float
 
-    @property
-    def kind(self) -> Literal["cpu", "gpu"]:
-        """Which of the measured figures fit it."""
-        return "cpu" if self.device.type == "cpu" else "gpu"
+
+# where only memory is asked for
+ANY_CPU = Machine("cpu", math.inf, math.inf)
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure a device, for half a second. dtype: of the forward passes."""
-    return Machine(device, matrix_rate(device, dtype), matrix_rate(device, torch.float32))
+    kind: Literal["cpu", "gpu"] = "cpu" if device.type == "cpu" else "gpu"
+    return Machine(kind, matrix_rate(device, dtype), matrix_rate(device, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -74,31 +76,22 @@ class Training:
         return tokens * hidden * _TOKEN_BYTES + (4 * _TRAINED_COPIES * block if self.learn else 0)
 
 
-def estimate(
-    plan: Plan,
-    model: StreamedModel,
-    windows: int,
-    tokens: int,
-    *,
-    sequential: bool,
-    tune_steps: int = 0,
-    tune_batch: int = 0,
-) -> Estimate:
-    """Estimate quantizing on calibration windows [windows, tokens], and tune_steps of tune_batch windows after it."""
+def estimate(plan: Plan, model: StreamedModel, recipe: Recipe, machine: Machine) -> Estimate:
+    """Estimate quantizing with the recipe that `plan` was made of."""
+    text, sequential = recipe.calibration, recipe.sequential
     streams = 1 + any(layer.method.needs(layer.options).original for layer in plan.layers.values())
-    count = windows * tokens if plan.needs_calibration else 0
+    count = text.num_samples * text.seq_len if plan.needs_calibration else 0
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     hidden = model.skeleton.get_input_embeddings().weight.shape[1]
     groups = _input_groups(plan, model)
     stored = 2 * block if plan.dtype == model.dtype else 2 * block + block * model.dtype.itemsize
     working = max((_working_bytes(group, streams) for group in groups), default=0)
-    training = _training(plan, tokens, tune_steps, tune_batch)
+    training = _training(plan, recipe)
     # step by step, inputs of the layer in hand are kept as well, up to the size of the states (passage.py)
     states = (streams + sequential) * count * hidden * model.dtype.itemsize
     passes = (2.5 if sequential else 2.0) * streams
     exact = sum(_method_operations(group) for group in groups)
     fast = passes * 2 * block * count + sum(streams * 2 * group[0].shape[1] ** 2 * count for group in groups if count)
-    machine = this_machine(model.device, model.dtype)
     blocks = len(model.blocks)
     seconds = blocks * (fast / machine.fast + exact / machine.exact) + training.seconds(block, blocks, machine)
     libraries = LIBRARIES if machine.kind == "cpu" else 0
@@ -106,10 +99,11 @@ def estimate(
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
 
 
-def _training(plan: Plan, tokens: int, tune_steps: int, tune_batch: int) -> Training:
+def _training(plan: Plan, recipe: Recipe) -> Training:
     learned = [layer.options for layer in learning_layers(plan.layers)]
     steps, batch = (learned[0].steps, learned[0].batch) if learned else (0, 0)
-    return Training(steps, batch * tokens, tune_steps, tune_batch * tokens)
+    tokens = recipe.calibration.seq_len
+    return Training(steps, batch * tokens, recipe.tune.steps, recipe.tune.batch * tokens)
 
 
 def _input_groups(plan: Plan, model: StreamedModel) -> list[list[LayerPlan]]:
