@@ -41,11 +41,14 @@ def write_model(folder: Path, layers: int, shape: Shape) -> None:
     folder.mkdir()
     _config(layers, shape).save_pretrained(folder)
     _write_tokenizer(folder, shape.vocabulary)
-    weight_map = {}
+    weight_map, total = {}, 0
     for name, tensors in _files(layers, shape):
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    # transformers loads no index without metadata
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _config(layers: int, shape: Shape) -> Any:

@@ -1,9 +1,15 @@
-"""How long does a Llama-2-7B-shaped model take on this GPU, or on several?
+"""How long does a Llama-2-7B-shaped model take on this GPU, or on several, and how long with llm-compressor?
 
 Writes random checkpoints of that shape with a few layers (time does not depend on the values), quantizes each, and prints
 seconds, seconds a layer from the difference, what all layers would take, and peak memory. Seconds run from files to files;
 stages are parts of them. With several numbers of GPUs every run is a program of its own: each pays for starting CUDA.
 `--experts` makes the shape Mixtral's. `--trace` also says where the time of a GPU goes.
+
+Where `lowbit env add llm-compressor` was run, that follows each run of ours on one GPU: the same checkpoint, the same windows
+of text, the same bits, groups and zero points; how each searches is its own, and llm-compressor's AWQ computes in bfloat16
+because float16 is too small for it. It is a program of its own: imports and cutting the text into tokens are not counted,
+starting CUDA is, once in the seconds of all layers and not in a layer's. Ours counts the text, and comes in this process
+after a run that is not counted; with several numbers of GPUs it starts CUDA too.
 
     .venv/bin/python benchmarks/gpu_7b.py --layers 2,6 --method gptq,awq,fp8
     .venv/bin/python benchmarks/gpu_7b.py --hidden 8192 --intermediate 28672 --heads 64 --kv-heads 8 --layers 2,4 --whole 80
@@ -15,60 +21,39 @@ stages are parts of them. With several numbers of GPUs every run is a program of
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
+from _gpu_rows import PEER, Row, Source, methods_with_peer, ours, peer
 from _random_model import Shape, write_model, write_text
-from _stages import Stages
-from safetensors import safe_open
 
 import lowbit
-from lowbit.api.gguf_options import is_gguf_method
-from lowbit.api.run import Settings
-from lowbit.commands.parse import parse_options
-from lowbit.core.hardware import pick_device, reset_peak_memory
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run. peak: MiB by place. stages: seconds, of runs in this process."""
-
-    method: str
-    gpus: int
-    layers: int
-    seconds: float
-    peak: dict[str, float]
-    stages: dict[str, float]
-    found: str
 
 
 def main() -> None:
     arguments = _arguments()
     shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    with_peer = methods_with_peer(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         text = write_text(Path(folder) / "text.txt", arguments.samples * arguments.tokens, shape)
         for number, layers in enumerate(arguments.layers):
-            model = Path(folder) / f"model-{layers}"
-            write_model(model, layers, shape)
+            source = Source(Path(folder) / f"model-{layers}", layers, text)
+            write_model(source.model, layers, shape)
             for method in arguments.method:
                 for gpus in arguments.gpus:
                     if number == 0:  # the first run pays for starting CUDA and compiling kernels: not counted
-                        _quantize(model, text, arguments, method, gpus, layers, samples=min(16, arguments.samples))
-                    row = _quantize(model, text, arguments, method, gpus, layers, samples=arguments.samples)
-                    rows.append(row)
-                    print(f"{_name(row)}, {layers} layers: {row.seconds:.1f} s{row.found}", file=sys.stderr, flush=True)
+                        ours(source, arguments, method, gpus, samples=min(16, arguments.samples))
+                    rows += _told(ours(source, arguments, method, gpus, samples=arguments.samples))
+                    if gpus == 1 and method in with_peer:
+                        rows += _told(peer(source, arguments, method))
             if arguments.trace and number == 0:
-                _trace(model, text, arguments, layers)
-            shutil.rmtree(model)
+                _trace(source, arguments)
+            shutil.rmtree(source.model)
     _print(rows, arguments)
 
 
@@ -99,6 +84,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--group-size", type=int, help="columns that share a scale (default: the method's)")
     parser.add_argument("--gpus", type=numbers, default=[1], help="one or more numbers, with commas")
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="llm-compressor in turn, for gptq, awq, fp8, int8 and rtn without options, on 1 GPU; not with --experts, which "
+        "its scripts here do not cover",
+    )
     parser.add_argument("--not-sequential", action="store_true", help="watch all layers of a block at once")
     parser.add_argument(
         "--trace", metavar="FILE", help="write a profile of the first method's first run (for perfetto)"
@@ -107,98 +99,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _quantize(
-    model: Path, text: Path, arguments: argparse.Namespace, chosen: str, gpus: int, layers: int, samples: int
-) -> Row:
-    """Seconds are from files to files, without starting Python."""
-    method, *options = chosen.split(":")
-    folder = text.parent / "out"
-    folder.mkdir()
-    output = folder / ("out.gguf" if is_gguf_method(method) else "out")
-    if max(arguments.gpus) > 1:
-        record, stages = _by_command(model, output, text, arguments, method, options, gpus, samples), {}
-        seconds, peak = record["run"]["seconds"], record["run"]["peak_memory_mib"]
-    else:
-        reset_peak_memory(pick_device("auto"))
-        clock, started = Stages(), time.perf_counter()
-        result = lowbit.quantize(
-            model,
-            output=output,
-            method=method,
-            dataset=str(text),
-            num_samples=samples,
-            seq_len=arguments.tokens,
-            sequential=False if arguments.not_sequential else None,
-            group_size=arguments.group_size,
-            options=parse_options(options) or None,
-            settings=Settings(verify=False),
-            progress=clock,
-        )
-        seconds, stages = time.perf_counter() - started, clock.finish()
-        record, peak = result.record, result.run["peak_memory_mib"]
-    found = "".join(f"; {fact}" for fact in [*_unseen_experts(record), *_stored_tensors(folder)])
-    shutil.rmtree(folder)
-    torch.cuda.empty_cache()
-    return Row(chosen, gpus, layers, seconds, peak, stages, found)
+def _told(row: Row | None) -> list[Row]:
+    """The row, if there is one, once it was said on stderr."""
+    if row is None:
+        return []
+    print(f"{row.name}, {row.layers} layers: {row.seconds:.1f} s{row.found}", file=sys.stderr, flush=True)
+    return [row]
 
 
-def _by_command(
-    model: Path,
-    output: Path,
-    text: Path,
-    arguments: argparse.Namespace,
-    method: str,
-    options: list[str],
-    gpus: int,
-    samples: int,
-) -> dict[str, Any]:
-    command = [sys.executable, "-m", "lowbit", "quantize", str(model), "-o", str(output), "--method", method]
-    command += ["--dataset", str(text), "--num-samples", str(samples), "--seq-len", str(arguments.tokens)]
-    command += ["--gpus", str(gpus), "--no-verify", "--json"]
-    command += [] if arguments.group_size is None else ["--group-size", str(arguments.group_size)]
-    command += [part for pair in options for part in ("--option", pair)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
-
-
-def _unseen_experts(record: dict[str, Any]) -> list[str]:
-    """How many experts were reported to have seen too few tokens; nothing for a model without experts."""
-    experts = {path.rpartition(".")[0] for path in record["layers"] if ".experts." in path}
-    unseen = {
-        path.rpartition(".")[0]
-        for path, layer in record["layers"].items()
-        if any("fewer tokens" in note for note in layer.get("notes", []))
-    }
-    return [f"{len(unseen)} of {len(experts)} experts saw too few tokens"] if experts else []
-
-
-def _stored_tensors(folder: Path) -> list[str]:
-    """That no tensor in safetensors files holds NaN, and of how many. Ends the program where one does."""
-    count = 0
-    for file in sorted(folder.rglob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (no mapping)
-                tensor = stored.get_tensor(name)
-                count += 1
-                if tensor.is_floating_point() and tensor.float().isnan().any():
-                    raise SystemExit(f"{name} in {file.name} holds NaN")
-    return [f"no NaN in {count} tensors"] if count else []
-
-
-def _trace(model: Path, text: Path, arguments: argparse.Namespace, layers: int) -> None:
+def _trace(source: Source, arguments: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
-        _quantize(model, text, arguments, arguments.method[0], 1, layers, samples=arguments.samples)
+        ours(source, arguments, arguments.method[0], gpus=1, samples=arguments.samples)
     profiler.export_chrome_trace(arguments.trace)
     order = "self_device_time_total" if gpu else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=70))
-
-
-def _name(row: Row) -> str:
-    return f"{row.method}, {row.gpus} GPU"
 
 
 def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
@@ -213,7 +130,7 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
     for row in rows:
         gpu = f"{row.peak['gpu'] / 1024:.1f}" if "gpu" in row.peak else "-"
         cells = [
-            row.method,
+            row.quantizer,
             row.gpus,
             row.layers,
             f"{row.seconds:.1f}",
@@ -222,21 +139,47 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
             _seconds(row.stages) or "-",
         ]
         print(f"| {' | '.join(map(str, cells))} |")
-    for first in [row for row in rows if row.layers == arguments.layers[0]]:
-        last = next(row for row in reversed(rows) if _name(row) == _name(first))
-        if last is not first:
-            _print_whole(first, last, arguments.whole)
+    for name in dict.fromkeys(row.name for row in rows if not row.peer):
+        _print_whole(name, rows, arguments.whole)
 
 
-def _print_whole(first: Row, last: Row, layers: int) -> None:
+def _print_whole(name: str, rows: list[Row], layers: int) -> None:
+    """Ours of that name, the peer's, and what the peer's seconds are of ours."""
+    mine, theirs = (_reckoned([row for row in rows if row.name == each], layers) for each in (name, f"{PEER} {name}"))
+    for whole in filter(None, (mine, theirs)):
+        print(f"{whole.name}: {whole.each:.2f} s a layer, so {whole.all:.0f} s for {layers}, files included", end="")
+        print(f" ({_seconds(whole.stages)})" if whole.stages else "")
+    if mine is None or theirs is None:
+        return
+    if min(mine.each, theirs.each) <= 0:
+        print(f"{name}: layers take too little time here for a ratio")
+        return
+    print(f"{name}: {PEER} takes {theirs.each / mine.each:.1f} times as long a layer, ", end="")
+    print(f"{theirs.all / mine.all:.1f} times for {layers} layers")
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Seconds of a layer more, of all layers, and of all layers' stages."""
+
+    name: str
+    each: float
+    all: float
+    stages: dict[str, float]
+
+
+def _reckoned(rows: list[Row], layers: int) -> _Whole | None:
+    """From the first and the last of one name's rows; None where they do not differ in layers."""
+    if not rows or rows[0].layers == rows[-1].layers:
+        return None
+    first, last = rows[0], rows[-1]
+
     def reckoned(few: float, many: float) -> tuple[float, float]:
         each = (many - few) / (last.layers - first.layers)
         return each, few + (layers - first.layers) * each
 
-    each, whole = reckoned(first.seconds, last.seconds)
-    parts = {what: reckoned(seconds, last.stages[what])[1] for what, seconds in first.stages.items()}
-    print(f"{_name(first)}: {each:.2f} s a layer, so {whole:.0f} s for {layers}, files included", end="")
-    print(f" ({_seconds(parts)})" if parts else "")
+    stages = {what: reckoned(seconds, last.stages[what])[1] for what, seconds in first.stages.items()}
+    return _Whole(first.name, *reckoned(first.seconds, last.seconds), stages)
 
 
 def _seconds(stages: dict[str, float]) -> str:

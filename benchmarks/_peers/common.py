@@ -54,21 +54,31 @@ def windows(args: argparse.Namespace) -> list[list[int]]:
 
 
 class Measured:
-    """`with Measured(...)`: prints {seconds, peak_rss_mib, versions} as the last line of stdout when the block is done.
+    """`with Measured(...)`: prints {seconds, peak_rss_mib, versions} as the last line of stdout when the block is done, where
+    there is a GPU with peak_gpu_mib.
 
-    Imports before the block do not count as time; they do count as memory, as they do for anyone who runs the tool.
+    Imports before the block do not count as time, starting CUDA does; imports do count as memory, as they do for anyone who
+    runs the tool.
     """
 
     def __init__(self, *packages: str) -> None:
         self.versions = {name: version(name) for name in ("torch", "transformers", *packages)}
 
     def __enter__(self) -> None:
+        import torch
+
         self.start = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def __exit__(self, kind: Any, *_: object) -> None:
         if kind is None:
+            import torch
+
             seconds = round(time.perf_counter() - self.start, 1)
             # not ru_maxrss, which starts at what the parent held when it started this process
             status = Path("/proc/self/status").read_text()
-            peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
-            print(json.dumps({"seconds": seconds, "peak_rss_mib": peak, "versions": self.versions}), flush=True)
+            cost = {"seconds": seconds, "peak_rss_mib": int(status.split("VmHWM:")[1].split()[0]) // 1024}
+            if torch.cuda.is_available():
+                cost["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
+            print(json.dumps({**cost, "versions": self.versions}), flush=True)
