@@ -26,7 +26,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
 from lowbit.recipe import Calibration
 
-ROWS = ("none", "imatrix", "hessian", "best", "fit", "fit-best")
+ROWS = ("none", "imatrix", "hessian", "best", "fit", "fit-best", "best-codes", "fit-best-codes")
 
 
 def main() -> None:
@@ -45,31 +45,33 @@ def main() -> None:
     source = converted(open_checkpoint(args.model), args.out, Silent()).location
     for kind in args.types:
         for row in args.rows:
-            effort = "best" if row.endswith("best") else "balanced"
+            effort, codes = "best" if "best" in row else "balanced", row.endswith("codes")
+            said = f"{effort}, --tune-codes" if codes else effort
             if row.startswith("fit"):
-                report(f"lowbit fit --like {kind}, {effort}", *fitted(args, kind, effort), args)
+                report(f"lowbit fit --like {kind}, {said}", *fitted(args, kind, effort, codes), args)
             else:
-                refine = "hessian" if row == "best" else row
-                report(f"lowbit {kind} {refine}, {effort}", *ours(args, kind, refine, effort), args)
+                refine = "hessian" if row.startswith("best") else row
+                report(f"lowbit {kind} {refine}, {said}", *ours(args, kind, refine, effort, codes), args)
         for name, command, file in theirs(args, source, kind):
             started = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             report(name, file, time.monotonic() - started, args)
 
 
-def fitted(args: argparse.Namespace, kind: str, effort: str) -> tuple[Path, float]:
+def fitted(args: argparse.Namespace, kind: str, effort: str, codes: bool) -> tuple[Path, float]:
     """A file no larger than the file type's, every tensor of the type that `lowbit fit` chose."""
     started = time.monotonic()
     text = Calibration(dataset=str(args.text), num_samples=args.samples // 2, seq_len=min(512, args.seq_len))
     recipe = fit(args.model, like=kind, calibration=text).recipe.updated(num_samples=args.samples)
     recipe = recipe.updated(seq_len=args.seq_len)
-    output = args.out / f"lowbit-fit-{kind}-{effort}.gguf"
-    quantize(args.model, output=output, recipe=recipe, effort=effort, settings=Settings(verify=False, restart=True))
+    output = args.out / f"lowbit-fit-{kind}-{effort}{_ending(codes)}"
+    settings = Settings(verify=False, restart=True)
+    quantize(args.model, output=output, recipe=recipe, effort=effort, tune_codes=codes, settings=settings)
     return output, time.monotonic() - started
 
 
-def ours(args: argparse.Namespace, kind: str, refine: str, effort: str) -> tuple[Path, float]:
-    output = args.out / f"lowbit-{kind}-{refine}-{effort}.gguf"
+def ours(args: argparse.Namespace, kind: str, refine: str, effort: str, codes: bool) -> tuple[Path, float]:
+    output = args.out / f"lowbit-{kind}-{refine}-{effort}{_ending(codes)}"
     text = {} if refine == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
     result = quantize(
         args.model,
@@ -78,9 +80,14 @@ def ours(args: argparse.Namespace, kind: str, refine: str, effort: str) -> tuple
         settings=Settings(verify=False, restart=True),
         options={"refine": refine},
         effort=effort,
+        tune_codes=codes,
         **text,
     )
     return output, result.run["seconds"]
+
+
+def _ending(codes: bool) -> str:
+    return "-codes.gguf" if codes else ".gguf"
 
 
 def theirs(args: argparse.Namespace, source: Path, kind: str) -> list[tuple[str, list[str], Path]]:

@@ -39,11 +39,17 @@ class Calibration(_Strict):
 
 
 class Tune(_Strict):
-    """The last pass over all scales and norms (lowbit.pipeline.tune): `steps` gradient steps of `batch` windows; 0: none."""
+    """The last pass over all scales and norms (lowbit.pipeline.tune): `steps` gradient steps of `batch` windows; 0: none.
+
+    codes: the largest step of a weight along its grid, in the grid's own steps; 0 leaves codes alone. self_samples: windows
+    that the model writes itself, besides those of the calibration, for this pass only.
+    """
 
     steps: int = Field(0, ge=0)
     rate: float = Field(3e-3, gt=0)
     batch: int = Field(8, ge=1)
+    codes: float = Field(0.0, ge=0)
+    self_samples: int = Field(0, ge=0)
 
 
 class Override(_Strict):

@@ -11,7 +11,8 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
 from lowbit.pipeline.factors import Factors
-from lowbit.pipeline.tune import _keep_best_share, _Student
+from lowbit.pipeline.student import Student
+from lowbit.pipeline.tune import _keep_best_share
 from tests.interrupted import StopAt
 
 RECIPE = {"bits": 3, "group_size": 32, "dataset": "pydoc", "num_samples": 24, "seq_len": 64}
@@ -66,7 +67,7 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, start: Path, tmp_
     with torch.no_grad():
         dense(windows)
     with base.outside(), artifact.outside():
-        found = _Student(base, artifact, factors).gradients(windows, hidden["last"])
+        found = Student(base, artifact, factors).gradients(windows, hidden["last"])
     assert found == pytest.approx(loss.item(), rel=0.02)
     flat = torch.cat([gradient.flatten() for gradient in expected])
     assert torch.nn.functional.cosine_similarity(factors.gradient, flat, dim=0) > 0.995  # products are in 16 bits

@@ -2,7 +2,7 @@
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
 is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
-trains scales and norms end to end.
+trains scales and norms end to end. Whether that pass trains codes too is asked for apart: it takes a GPU and minutes.
 docs/accuracy.md has the time and divergence of each.
 """
 
@@ -22,6 +22,8 @@ _TUNE_STEPS = 64
 # smaller steps than elsewhere: a k-quant leaves less to gain, and larger ones lose it again
 _GGUF_RATE = 1e-3
 _LEARN_STEPS = LearnOptions.steps
+# of training codes: many small steps on much text (pipeline/codes.py)
+_CODES = {"steps": 500, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 1500}
 # what learned rounding can start from: integer grids whose codes calibration chooses
 _LEARNABLE = ("rtn", "gptq", "autoround")
 
@@ -47,6 +49,11 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
         **recipe.model_dump(), "method": "autoround", "options": {**options, "refine": 0}, "tune": {"steps": _TUNE_STEPS},
         "calibration": _with_self(recipe.calibration).model_dump(),
     })  # fmt: skip
+
+
+def with_trained_codes(recipe: Recipe) -> Recipe:
+    """The recipe with codes trained in its last pass, mostly on text that the model writes for it."""
+    return Recipe.parse({**recipe.model_dump(), "tune": _CODES})
 
 
 def _best_gguf(recipe: Recipe) -> Recipe:

@@ -19,6 +19,7 @@ from lowbit.api.gguf_conversion import converting, drop_converted
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
 from lowbit.api.gguf_source import opened
+from lowbit.api.last_pass import check_last_pass, last_pass_options, last_pass_windows
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
@@ -45,7 +46,6 @@ from lowbit.pipeline.gguf_tuned import tune_gguf
 from lowbit.pipeline.gguf_writer import GgufWriter
 from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.run import Streams
-from lowbit.pipeline.tune import TuneOptions
 from lowbit.pipeline.writer import output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe
 
@@ -76,6 +76,8 @@ class _GgufRun:
         self.from_gguf = Path(model).suffix == ".gguf"
         # a GGUF input that is only to be encoded need not be of a family that transformers knows
         self._checkpoint = None if self.from_gguf else open_checkpoint(model, revision=settings.revision)
+        if recipe.tune.codes:  # without it a file need not be of a family that transformers knows
+            check_last_pass(recipe, self._model())
         taken = [output.with_name(name) for name in companion_names(output.name) if output.with_name(name).exists()]
         if taken:
             raise OutputError(f"{taken[0]} exists already", hint="choose another -o, or remove it first")
@@ -194,12 +196,12 @@ class _GgufRun:
         windows: Tensor | None,
         work: Path,
     ) -> dict[str, Any] | None:
-        wanted = self.recipe.tune
-        if not wanted.steps or model is None or windows is None:
+        if not self.recipe.tune.steps or model is None or windows is None:
             return None
         rounded = {path: linear for path, linear in linears.items() if job.types[linear.tensor] in CODECS}
-        options = TuneOptions(wanted.steps, wanted.rate, wanted.batch, self.recipe.calibration.seed)
-        return tune_gguf(job, model, rounded, windows, options, self._streams(work), self.progress)
+        text = last_pass_windows(self.checkpoint, self.recipe, windows, self.device, work, self.progress)
+        options, streams = last_pass_options(self.recipe), self._streams(work)
+        return tune_gguf(job, model, rounded, text, options, streams, self.progress)
 
     def _types(self, source: GgufSource) -> dict[str, str]:
         tensors = [TensorInfo(name, tensor.shape, tensor.ggml_type) for name, tensor in source.tensors.items()]

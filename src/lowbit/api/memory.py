@@ -116,9 +116,8 @@ class Model:
     def gguf_estimate(self, recipe: Recipe, machine: Machine, dtype: torch.dtype) -> Estimate:
         """What making that file will about take; dtype: of forward passes. Raises LowbitError for a recipe that is refused."""
         options, text, tune = gguf_options(recipe), recipe.calibration, recipe.tune
-        training = Training(
-            options.learn_steps, options.learn_batch * text.seq_len, tune.steps, tune.batch * text.seq_len
-        )
+        learn, tuned = options.learn_batch * text.seq_len, tune.batch * text.seq_len
+        training = Training(options.learn_steps, learn, tune.steps, tuned, tune.codes > 0)
         assert options.refine is not None  # decided by gguf_options
         windows = 0 if text.dataset == NO_TEXT else text.num_samples
         work = GgufWork(options.refine, windows, text.seq_len, self.gguf is None, training)

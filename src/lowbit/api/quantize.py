@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.api.calibration import calibration_windows, held_out_windows
-from lowbit.api.effort import with_effort
+from lowbit.api.effort import with_effort, with_trained_codes
+from lowbit.api.last_pass import check_last_pass, last_pass_options, last_pass_windows
 from lowbit.api.run import Result, Settings, run_cost
 from lowbit.api.work_directory import check_place, work_directory
 from lowbit.core.checkpoint import open_checkpoint
@@ -41,7 +42,6 @@ from lowbit.pipeline.output import Output, WrittenOutput
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
 from lowbit.pipeline.self_sampling import remove_samples
-from lowbit.pipeline.tune import TuneOptions
 from lowbit.pipeline.tuned import remove_tuning, tune_artifact
 from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe, preset, preset_names
@@ -55,6 +55,7 @@ def quantize(
     recipe: Recipe | None = None,
     method: str = "gptq",
     effort: str = "balanced",
+    tune_codes: bool = False,
     settings: Settings | None = None,
     progress: Progress | None = None,
     **changes: Any,
@@ -62,14 +63,17 @@ def quantize(
     """Quantize a checkpoint into `output`.
 
     recipe: a whole recipe; else the preset or method `method`. effort: "fast", "balanced" or "best" (lowbit.api.effort),
-    applied to it. changes: recipe fields by name (bits=4, group_size=64,
-    dataset="pydoc", num_samples=64, ...). Raises LowbitError subclasses; nothing half-written is left at `output`.
+    applied to it. tune_codes: train codes in the last pass. changes: recipe fields by name (bits=4, group_size=64,
+    dataset="pydoc", num_samples=64, tune_steps=64, ...). Raises LowbitError subclasses; nothing half-written is left at
+    `output`.
 
     Under torchrun every process calls this; they share the work, the leader writes and verifies, and only its result is
     complete (the others' has neither checksums nor verification, and is given before the artifact is finished).
     """
     settings, progress = settings or Settings(), progress or Silent()
+    steps = changes.pop("tune_steps", None)
     recipe = with_effort((recipe or recipe_for(method)).updated(**changes), effort)
+    recipe = (with_trained_codes(recipe) if tune_codes else recipe).updated(tune_steps=steps)
     if recipe.format == "gguf":
         refuse_several_processes("GGUF files are made")
         from lowbit.api.gguf import quantize_gguf
@@ -121,6 +125,7 @@ class _Run:
                 f"its blocks were found at {self.model.architecture.blocks}"
             )
         self.plan = make_plan(recipe, self.model)
+        check_last_pass(recipe, self.model)
         if recipe.tune.steps or learning_layers(self.plan.layers):
             refuse_several_processes("rounding and scales are learned (--effort best, --tune, autoround)")
 
@@ -188,11 +193,11 @@ class _Run:
         return calibration_windows(self.source, self.recipe.calibration, self.device, work, self.progress)
 
     def _tune(self, windows: Tensor | None, writer: ShardedWriter, work: Path) -> dict[str, Any] | None:
-        wanted = self.recipe.tune
-        if not wanted.steps or windows is None or self.plan.format is None:
+        if not self.recipe.tune.steps or windows is None or self.plan.format is None:
             return None
-        options = TuneOptions(wanted.steps, wanted.rate, wanted.batch, self.recipe.calibration.seed)
-        return tune_artifact(self.plan, self.model, windows, writer, options, self._streams(work), self.progress)
+        text = last_pass_windows(self.source, self.recipe, windows, self.device, work, self.progress)
+        options, streams = last_pass_options(self.recipe), self._streams(work)
+        return tune_artifact(self.plan, self.model, text, writer, options, streams, self.progress)
 
     def _inputs(self, digest: str | None, world: World) -> dict[str, Any]:
         """Everything that decides the bytes of the artifact; shared sums are rounded in another order."""

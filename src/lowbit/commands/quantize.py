@@ -68,6 +68,10 @@ def quantize(
     tune: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Steps of the last pass over scales and norms; 0 for none.")
     ] = None,
+    tune_codes: Annotated[
+        bool,
+        typer.Option("--tune-codes", help="Train codes in the last pass too: a GPU, minutes, 16 bytes a weight."),
+    ] = False,
     refine: Annotated[
         str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")
     ] = None,
@@ -123,7 +127,7 @@ def quantize(
 
     lowbit quantize ./llama-70b --gpus 4 -o llama-70b-w4
     """
-    from lowbit.api.effort import with_effort
+    from lowbit.api.effort import with_effort, with_trained_codes
     from lowbit.api.fallback import quantize_with_fallback
     from lowbit.api.launch import check_gpus, launch, report_failure
     from lowbit.api.quantize import plan
@@ -164,6 +168,8 @@ def quantize(
     )
     if effort is not None:
         chosen = with_effort(chosen, effort)
+    if tune_codes:
+        chosen = with_trained_codes(chosen)
     chosen = chosen.updated(tune_steps=tune)
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": parse_alpha(alpha)})

@@ -87,8 +87,11 @@ class StreamedModel:
             give_back()
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Everything but the blocks (embeddings, final norm, head) with its weights, freed at the end."""
+    def outside(self, vectors: torch.dtype | None = None) -> Iterator[None]:
+        """Everything but the blocks (embeddings, final norm, head) with its weights, freed at the end.
+
+        vectors: the dtype of norms' weights and biases, where it is another than the computing dtype.
+        """
         blocks = {id(parameter) for parameter in self.blocks.parameters()}
         stored = {
             name: self._on_device(name)
@@ -96,7 +99,10 @@ class StreamedModel:
             if id(parameter) not in blocks
         }
         self._check_finite(stored)
-        state = {name: tensor.to(self.dtype) for name, tensor in stored.items()}
+        state = {
+            name: tensor.to(vectors or self.dtype if tensor.dim() == 1 else self.dtype)
+            for name, tensor in stored.items()
+        }
         del stored
         self.skeleton.load_state_dict(state, strict=False, assign=True)
         self.skeleton.tie_weights()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
+from torch import Tensor
 
 
 @contextmanager
@@ -37,3 +38,20 @@ def mixed_precision(device: torch.device) -> Iterator[None]:
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         yield
+
+
+def adam_(
+    values: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: int,
+    rate: float,
+    forget: tuple[float, float],
+) -> None:
+    """One step of Adam (Kingma and Ba 2014) in place. moments: of the gradient, first and second. step: from 1. forget: what
+    each moment keeps of itself."""
+    (first, second), (keep_first, keep_second) = moments, forget
+    first.lerp_(gradient, 1 - keep_first)
+    second.mul_(keep_second).addcmul_(gradient, gradient, value=1 - keep_second)
+    size = (second / (1 - keep_second**step)).sqrt_().add_(1e-8)
+    values.addcdiv_(first, size, value=-rate / (1 - keep_first**step))

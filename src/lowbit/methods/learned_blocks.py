@@ -45,11 +45,11 @@ class BlockMatrix:
 class LearnedBlocks:
     """learning.Learnable that starts from a BlockMatrix of `weight` [out, in] float32.
 
-    stretches: d and, where the type has minimums, dmin, each [out, blocks]; none for MXFP4, whose scales are powers of two.
-    Sub-blocks of zeros stay zeros.
+    stretches: d and, where the type has minimums, dmin, each [out, blocks]; none for MXFP4, whose scales are powers of two, or
+    without `scales`. Sub-blocks of zeros stay zeros.
     """
 
-    def __init__(self, weight: Tensor, start: BlockMatrix) -> None:
+    def __init__(self, weight: Tensor, start: BlockMatrix, *, scales: bool = True) -> None:
         self.start = start
         grid, codec = start.grid, start.codec
         ascending = sorted(set(codec.levels))
@@ -64,7 +64,7 @@ class LearnedBlocks:
         self.fixed = (_zeros(weight, own, scale, minimum) | (scale == 0)).unsqueeze(-1)
         wanted = torch.where(self.fixed, own.view(self.shape), wanted / scale.unsqueeze(-1))
         self.position = self.levels.begin(wanted.view(weight.shape), own).requires_grad_()
-        trained = [part for part in (grid.d, grid.dmin) if part is not None and part.dtype == torch.float16]
+        trained = [part for part in (grid.d, grid.dmin) if scales and part is not None and part.dtype == torch.float16]
         self.stretches = [torch.ones_like(part, dtype=torch.float32).requires_grad_() for part in trained]
 
     def weight(self) -> Tensor:

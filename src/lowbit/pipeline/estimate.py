@@ -11,6 +11,7 @@ import torch
 
 from lowbit.core.hardware import matrix_rate
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.codes import WEIGHT_BYTES
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.recipe import Recipe
@@ -55,12 +56,13 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 @dataclass(frozen=True)
 class Training:
-    """learn: gradient steps a block, tune: of the last pass; with so many tokens a step."""
+    """learn: gradient steps a block, tune: of the last pass; with so many tokens a step. codes: whether it trains them too."""
 
     learn: int = 0
     learn_tokens: int = 0
     tune: int = 0
     tune_tokens: int = 0
+    codes: bool = False
 
     def seconds(self, block: int, blocks: int, machine: Machine) -> float:
         """For `blocks` blocks of `block` weights."""
@@ -70,10 +72,11 @@ class Training:
         launches = _LAUNCHES if machine.kind == "gpu" else 0.0
         return blocks * (learn + tune + launches * (self.learn + self.tune / 2))
 
-    def memory(self, block: int, hidden: int) -> int:
-        """Bytes of one step's graph beside the block itself."""
-        tokens = max(self.learn_tokens if self.learn else 0, self.tune_tokens if self.tune else 0)
-        return tokens * hidden * _TOKEN_BYTES + (4 * _TRAINED_COPIES * block if self.learn else 0)
+    def memory(self, block: int, blocks: int, hidden: int) -> int:
+        """Bytes of one step's graph beside the block itself, and of all codes in training."""
+        learned = self.learn_tokens * hidden * _TOKEN_BYTES + 4 * _TRAINED_COPIES * block if self.learn else 0
+        tuned = self.tune_tokens * hidden * _TOKEN_BYTES if self.tune else 0
+        return max(learned, tuned + (WEIGHT_BYTES * block * blocks if self.tune and self.codes else 0))
 
 
 def estimate(plan: Plan, model: StreamedModel, recipe: Recipe, machine: Machine) -> Estimate:
@@ -95,7 +98,7 @@ def estimate(plan: Plan, model: StreamedModel, recipe: Recipe, machine: Machine)
     blocks = len(model.blocks)
     seconds = blocks * (fast / machine.fast + exact / machine.exact) + training.seconds(block, blocks, machine)
     libraries = LIBRARIES if machine.kind == "cpu" else 0
-    memory = stored + states + max(working, training.memory(block, hidden)) + libraries
+    memory = stored + states + max(working, training.memory(block, blocks, hidden)) + libraries
     return Estimate(int(memory), seconds + plan.nbytes / 1e9)
 
 
@@ -103,7 +106,8 @@ def _training(plan: Plan, recipe: Recipe) -> Training:
     learned = [layer.options for layer in learning_layers(plan.layers)]
     steps, batch = (learned[0].steps, learned[0].batch) if learned else (0, 0)
     tokens = recipe.calibration.seq_len
-    return Training(steps, batch * tokens, recipe.tune.steps, recipe.tune.batch * tokens)
+    tune = recipe.tune
+    return Training(steps, batch * tokens, tune.steps, tune.batch * tokens, tune.codes > 0)
 
 
 def _input_groups(plan: Plan, model: StreamedModel) -> list[list[LayerPlan]]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lowbit.core.primitives import are_consecutive, by_column
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.training import adam_
 
-# Kingma and Ba 2014; the second moment forgets faster than usual since there are few steps
-_FIRST, _SECOND, _TINY = 0.9, 0.95, 1e-8
+# of Adam's moments; the second forgets faster than usual since there are few steps
+_FORGET = (0.9, 0.95)
 
 
 class Factors:
@@ -97,15 +98,13 @@ class Factors:
     def descend(self, rate: float) -> None:
         """One step of Adam."""
         self.step += 1
-        self.first.lerp_(self.gradient, 1 - _FIRST)
-        self.second.mul_(_SECOND).addcmul_(self.gradient, self.gradient, value=1 - _SECOND)
-        size = (self.second / (1 - _SECOND**self.step)).sqrt_().add_(_TINY)
-        self.values.addcdiv_(self.first, size, value=-rate / (1 - _FIRST**self.step))
+        adam_(self.values, self.gradient, (self.first, self.second), self.step, rate, _FORGET)
 
-    def save(self) -> None:
-        """Put the training state into the file, whole or not at all."""
+    def save(self, beside: Mapping[str, Tensor]) -> None:
+        """Put the training state into the file, whole or not at all, with what else is trained in the same steps."""
         temporary = self.file.with_suffix(".tmp")
         state = {"values": self.values, "first": self.first, "second": self.second}
+        state |= beside
         save_file({name: tensor.cpu() for name, tensor in state.items()}, temporary, metadata={"step": str(self.step)})
         temporary.replace(self.file)
 

@@ -83,7 +83,7 @@ def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine
     block = max(map(_weights, blocks))
     training = work.training.seconds(block, len(blocks), machine)
     working = max(_working_bytes(tensor, machine) for tensor in rounded)
-    graph = work.training.memory(block, rounded[-1].shape[-1])
+    graph = work.training.memory(block, len(blocks), rounded[-1].shape[-1])
     return Estimate(max(working, graph), gram / machine.fast + (loops + factors) / machine.exact + training)
 
 

@@ -1,8 +1,9 @@
 """The last pass over a GGUF file: float scales and minimums of the blocks' layers, and their norms, trained end to end.
 
-Codes and integer scales stay; what moves is the float16 pair of every super-block (every block of types without super-
-blocks) and the float32 norms, so the file keeps its types and size. As in the other formats, all that changes is put
-aside whole before the first of it is written, so a run that is killed at any moment continues to the same bytes.
+Integer scales stay, and codes where they are not to be trained too; what moves is the float16 pair of every super-block
+(every block of types without super-blocks) and the float32 norms, so the file keeps its types and size. As in the other
+formats, all that changes is put aside whole before the first of it is written, so a run that is killed at any moment
+continues to the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.codec import Codec
 from lowbit.methods.kquants.grid import Grid
+from lowbit.methods.learned_blocks import BlockMatrix, LearnedBlocks
+from lowbit.pipeline.codes import Codes
 from lowbit.pipeline.factors import Factors, norm_unit
 from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, norm_tensors, row_order
@@ -31,7 +34,7 @@ from lowbit.pipeline.run import Streams, calibration_states
 from lowbit.pipeline.tune import TuneOptions, last_states, tune
 
 _STATE, _RESULT = "tuning.safetensors", "tuned.safetensors"
-_MINIMUM = ".minimum"
+_MINIMUM, _CODES = ".minimum", ".codes"
 
 
 def tune_gguf(
@@ -43,7 +46,8 @@ def tune_gguf(
     streams: Streams,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Tune the file that the job has written; returns {"before", "after"}, KL on held-out calibration windows.
+    """Tune the file that the job has written; returns KL on held-out calibration windows "before" and "after" and, where codes
+    were trained, "moved_codes", the share of them that changed.
 
     linears: the layers that were rounded, by module path. Raises LowbitError subclasses.
     """
@@ -53,10 +57,11 @@ def tune_gguf(
         artifact = StreamedModel(written, model.device, model.dtype)
         columns, minimums = _grids(job, linears, written)
         factors = Factors(artifact, columns, directory / _STATE, model.device, minimums)
+        codes = _codes(job, model, factors, written, directory / _STATE) if options.codes else None
         teacher = calibration_states(model, windows, streams)
         last_states(model, windows, teacher, progress)
-        found = tune(model, artifact, factors, teacher, windows, options, progress)
-        _put_aside(job, artifact, factors, written, directory / _RESULT, {"before": found.before, "after": found.after})
+        found = tune(model, artifact, factors, teacher, windows, options, progress, codes)
+        _put_aside(job, artifact, factors, codes, written, directory / _RESULT, found.record())
     return _write(job, directory / _RESULT)
 
 
@@ -145,15 +150,35 @@ def _grids(
     return columns, minimums
 
 
+def _codes(job: GgufJob, model: StreamedModel, factors: Factors, written: _Written, file: Path) -> Codes:
+    """The codes of every layer whose float scales are trained, rows in the checkpoint's order."""
+    transposed, blocks = model.architecture.transposed, []
+    for index in range(len(model.blocks)):
+        path, weights, block = model.block_path(index), model.read_block(index), {}
+        for name, weight in weights.items():
+            full = f"{path}.{name}"
+            if full.removesuffix(".weight") not in factors.columns:
+                continue
+            tensor = written.linears[model.stored_name(full)].tensor
+            codec, data = CODECS[job.types[tensor]], written.stored(tensor).to(model.device)
+            back = torch.argsort(written.order(tensor, weight.cpu())).to(model.device)
+            start = BlockMatrix(codec, *codec.unpack(data)).rows(back)
+            matrix = weight.float().T.contiguous() if transposed else weight.float()
+            block[name] = LearnedBlocks(matrix, start, scales=False)
+        blocks.append(block)
+    return Codes(blocks, file, transposed=transposed)
+
+
 def _put_aside(
     job: GgufJob,
     artifact: StreamedModel,
     factors: Factors,
+    codes: Codes | None,
     written: _Written,
     file: Path,
     said: Mapping[str, float],
 ) -> None:
-    """All changed scales, minimums and norms, as they will be stored, by tensor name."""
+    """All changed scales, minimums, codes and norms, as they will be stored, by tensor name."""
     changed: dict[str, Tensor] = {}
     for index in range(len(artifact.blocks)):
         for name, factor in factors.block(index).items():
@@ -163,7 +188,11 @@ def _put_aside(
             linear = written.linears.get(artifact.stored_name(full))
             if linear is not None and full.removesuffix(".weight") in factors.columns:
                 grid = CODECS[job.types[linear.tensor]].unpack(written.stored(linear.tensor))[0]
-                changed |= _moved(linear.tensor, grid, own[..., written.order(linear.tensor, stored), :])
+                order = written.order(linear.tensor, stored)
+                changed |= _moved(linear.tensor, grid, own[..., order, :])
+                trained = codes.result(index, name) if codes else None
+                if trained is not None:
+                    changed[linear.tensor + _CODES] = trained.cpu()[order]
             elif full in written.norms:
                 tensor = written.norms[full]
                 # llama.cpp stores some norms as 1 + weight: what is added to the one is added to the other
@@ -188,19 +217,23 @@ def _times(scale: Tensor, factor: Tensor) -> Tensor:
 def _write(job: GgufJob, file: Path) -> dict[str, Any]:
     with safe_open(file, "pt") as changed:
         names = set(changed.keys())
-        for name in sorted(name for name in names if not name.endswith(_MINIMUM)):
+        for name in sorted(name for name in names if not name.endswith((_MINIMUM, _CODES))):
             kind, value = job.types[name], changed.get_tensor(name)
             if kind not in CODECS:
                 job.writer.write(name, value.view(torch.uint8))
                 continue
-            minimum = changed.get_tensor(name + _MINIMUM) if name + _MINIMUM in names else None
-            job.writer.write(name, _with_scales(CODECS[kind], job, name, value, minimum))
+            minimum, codes = (
+                changed.get_tensor(name + of) if name + of in names else None for of in (_MINIMUM, _CODES)
+            )
+            job.writer.write(name, _with_numbers(CODECS[kind], job, name, value, minimum, codes))
         job.writer.sync()
         return {key: float(value) for key, value in changed.metadata().items()}
 
 
-def _with_scales(codec: Codec, job: GgufJob, name: str, scale: Tensor, minimum: Tensor | None) -> Tensor:
+def _with_numbers(
+    codec: Codec, job: GgufJob, name: str, scale: Tensor, minimum: Tensor | None, trained: Tensor | None
+) -> Tensor:
     rows, columns = job.source.tensors[name].shape
     row_bytes = ggml_type(job.types[name]).row_bytes(columns)
     grid, codes = codec.unpack(job.writer.read(name, rows * row_bytes).view(rows, row_bytes))
-    return codec.pack(replace(grid, d=scale, dmin=minimum), codes)
+    return codec.pack(replace(grid, d=scale, dmin=minimum), codes if trained is None else trained)

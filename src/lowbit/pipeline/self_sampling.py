@@ -7,6 +7,7 @@ token needs all blocks; a model that does not fit needs a text.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from lowbit.pipeline.writer import output_errors
 
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
-_FILE = "self-sampled.safetensors"
+_FILES = {"calibration": "self-sampled.safetensors", "tuning": "self-sampled-more.safetensors"}
 
 
 def kept_samples(
@@ -33,9 +34,10 @@ def kept_samples(
     length: int,
     seed: int,
     progress: Progress,
+    purpose: Literal["calibration", "tuning"] = "calibration",
 ) -> Tensor:
     """`sample_windows`, written into a directory, or read from there when an earlier run sampled them already."""
-    file = directory / _FILE
+    file = directory / _FILES[purpose]
     if file.exists():
         windows = load_file(file)["windows"]
         if windows.shape == (count, length):
@@ -51,7 +53,8 @@ def kept_samples(
 
 def remove_samples(directory: Path) -> None:
     """Drop the windows of a finished artifact."""
-    (directory / _FILE).unlink(missing_ok=True)
+    for name in _FILES.values():
+        (directory / name).unlink(missing_ok=True)
 
 
 def sample_windows(

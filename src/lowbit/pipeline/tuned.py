@@ -1,4 +1,4 @@
-"""The last pass within a run: train the factors on the artifact as it was written, then write what they change.
+"""The last pass within a run: train on the artifact as it was written, then write what changed.
 
 The new numbers are put aside whole before the first of them goes into the artifact, so a run that is killed at any moment
 continues to the same bytes.
@@ -20,7 +20,9 @@ from lowbit.core.primitives import stored_scale
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
+from lowbit.methods.learned_matrix import LearnedMatrix
 from lowbit.pipeline.activations import Activations
+from lowbit.pipeline.codes import Codes
 from lowbit.pipeline.factors import Factors, norm_unit
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.run import Streams, calibration_states
@@ -28,6 +30,7 @@ from lowbit.pipeline.tune import TuneOptions, last_states, tune
 from lowbit.pipeline.writer import ShardedWriter
 
 _STATE, _RESULT = "tuning.safetensors", "tuned.safetensors"
+_CODES = ".codes"
 
 
 def tune_artifact(
@@ -39,16 +42,18 @@ def tune_artifact(
     streams: Streams,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Tune the artifact in the writer's directory; returns {"before", "after"}, KL on held-out calibration windows."""
+    """Tune the artifact in the writer's directory; returns KL on held-out calibration windows "before" and "after" and, where
+    codes were trained, "moved_codes", the share of them that changed."""
     directory = writer.directory
     stored = ArtifactCheckpoint(SafetensorsCheckpoint(directory))
     if not (directory / _RESULT).exists():
         artifact = StreamedModel(stored, model.device, model.dtype)
         factors = Factors(artifact, _columns(plan, stored), directory / _STATE, model.device)
+        codes = _codes(model, stored, factors, directory / _STATE) if options.codes else None
         teacher: Activations = calibration_states(model, windows, streams)
         last_states(model, windows, teacher, progress)
-        found = tune(model, artifact, factors, teacher, windows, options, progress)
-        _put_aside(stored, artifact, factors, directory / _RESULT, {"before": found.before, "after": found.after})
+        found = tune(model, artifact, factors, teacher, windows, options, progress, codes)
+        _put_aside(stored, artifact, factors, codes, directory / _RESULT, found.record())
     return _write(plan, stored, writer, directory / _RESULT)
 
 
@@ -68,10 +73,30 @@ def _columns(plan: Plan, stored: ArtifactCheckpoint) -> dict[str, Tensor]:
     return found
 
 
+def _codes(model: StreamedModel, stored: ArtifactCheckpoint, factors: Factors, file: Path) -> Codes:
+    """The codes of every layer whose scales are trained, beside the base's weights. The base is the very model whose weights
+    were rounded: a recipe with transforms trains no codes."""
+    transposed, blocks = model.architecture.transposed, []
+    for index in range(len(model.blocks)):
+        path, weights, block = model.block_path(index), model.read_block(index), {}
+        for name, weight in weights.items():
+            module = f"{path}.{name.removesuffix('.weight')}"
+            if module in factors.columns:
+                matrix = weight.float().T.contiguous() if transposed else weight.float()
+                block[name] = LearnedMatrix(matrix, stored.qtensor(module).to(model.device), scales=False)
+        blocks.append(block)
+    return Codes(blocks, file, transposed=transposed)
+
+
 def _put_aside(
-    stored: ArtifactCheckpoint, artifact: StreamedModel, factors: Factors, file: Path, said: Mapping[str, float]
+    stored: ArtifactCheckpoint,
+    artifact: StreamedModel,
+    factors: Factors,
+    codes: Codes | None,
+    file: Path,
+    said: Mapping[str, float],
 ) -> None:
-    """All changed scales and norm weights, as they will be stored."""
+    """All changed scales, codes and norm weights, as they will be stored."""
     changed: dict[str, Tensor] = {}
     for index in range(len(artifact.blocks)):
         path = artifact.block_path(index)
@@ -80,6 +105,9 @@ def _put_aside(
             if module in factors.columns:
                 scale = stored.qtensor(module).scale
                 changed[module] = stored_scale(scale.float() * (1 + own), scale.dtype).to(scale.dtype)
+                trained = codes.result(index, name) if codes else None
+                if trained is not None:
+                    changed[module + _CODES] = trained.cpu()
             else:
                 weight = stored.read(f"{path}.{name}")
                 changed[f"{path}.{name}"] = (weight.float() + own * norm_unit(weight)).to(weight.dtype)
@@ -91,12 +119,15 @@ def _put_aside(
 def _write(plan: Plan, stored: ArtifactCheckpoint, writer: ShardedWriter, file: Path) -> dict[str, Any]:
     assert plan.format is not None
     with safe_open(file, "pt") as changed:
-        for name in changed.keys():  # noqa: SIM118 - no mapping
+        names = set(changed.keys())
+        for name in sorted(name for name in names if not name.endswith(_CODES)):
             layer = plan.layers.get(name)
             if layer is None:
                 writer.write(name, changed.get_tensor(name))
                 continue
             tensor = replace(stored.qtensor(name), scale=changed.get_tensor(name))
+            if name + _CODES in names:
+                tensor = replace(tensor, codes=changed.get_tensor(name + _CODES))
             for suffix, packed in plan.format.encode(tensor, layer.scheme, plan.dtype).items():
                 writer.write(f"{name}.{suffix}", packed)
         writer.sync()

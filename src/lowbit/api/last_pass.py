@@ -1,0 +1,47 @@
+"""The last pass of a recipe, as artifacts of every format share it: its options, its text, what is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.core.contracts import Checkpoint
+from lowbit.core.errors import RecipeError
+from lowbit.core.progress import Progress
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.pipeline.codes import check_memory
+from lowbit.pipeline.self_sampling import kept_samples
+from lowbit.pipeline.tune import TuneOptions
+from lowbit.recipe import Recipe
+
+
+def last_pass_options(recipe: Recipe) -> TuneOptions:
+    """Options of the last pass."""
+    tune = recipe.tune
+    return TuneOptions(tune.steps, tune.rate, tune.batch, tune.codes, recipe.calibration.seed)
+
+
+def last_pass_windows(
+    checkpoint: Checkpoint, recipe: Recipe, windows: Tensor, device: torch.device, work: Path, progress: Progress
+) -> Tensor:
+    """The calibration's windows, and those that the model writes for this pass alone, [samples, seq_len] int64; the latter
+    are kept in `work` for a continued run. Raises CalibrationError when the model does not fit in memory for that."""
+    text, own = recipe.calibration, recipe.tune.self_samples
+    if not own:
+        return windows
+    more = kept_samples(work, checkpoint, device, own, text.seq_len, text.seed + 1, progress, "tuning")
+    return torch.cat([windows, more])
+
+
+def check_last_pass(recipe: Recipe, model: StreamedModel) -> None:
+    """Raises RecipeError for a last pass that cannot be."""
+    if not recipe.tune.steps or not recipe.tune.codes:
+        return
+    if recipe.transforms:
+        raise RecipeError(
+            f"codes are trained beside the checkpoint's weights, which {', '.join(recipe.transforms)} changes",
+            hint="a method without transforms (gptq, rtn, q4_k_m), or no --tune-codes",
+        )
+    check_memory(model)
