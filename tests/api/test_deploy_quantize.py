@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.api.deploy_quantize import QuantizeWish, quantize_spec
+from lowbit.api.effort import with_trained_codes
+from lowbit.recipe import preset
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
@@ -21,6 +23,19 @@ def llama_70b(tmp_path: Path) -> Path:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA_70B))
     return file
+
+
+def test_training_codes_has_room_for_its_state(llama_70b: Path, tmp_path: Path) -> None:
+    """12 bytes a weight are saved and one more is the code that came of it; in memory it is 16."""
+    recipe, weights = preset("gptq"), 80 * 855_654_400
+    specs = []
+    for each in (recipe.updated(tune_steps=500), with_trained_codes(recipe)):
+        (tmp_path / "recipe.yaml").write_text(each.yaml())
+        specs.append(
+            quantize_spec(llama_70b, QuantizeWish(methods=(), recipe=tmp_path / "recipe.yaml", claim="models"))
+        )
+    states = 1500 * each.calibration.seq_len * 8192 * 2
+    assert specs[1].output_bytes - specs[0].output_bytes == pytest.approx(13 * weights + states, rel=1e-4)
 
 
 def wish(device: str, **changes: str) -> QuantizeWish:

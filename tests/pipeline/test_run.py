@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError, VerificationError
 from lowbit.core.progress import Silent
 from lowbit.formats.reader import ArtifactCheckpoint
-from lowbit.pipeline.writer import ShardedWriter, output_errors
+from lowbit.pipeline.writer import ShardedWriter, output_errors, save_tensors
 
 RECIPE: dict[str, Any] = {
     "method": "gptq",
@@ -291,6 +292,27 @@ def test_full_disk_is_said_plainly(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is full") as caught, output_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "resumes" in str(caught.value.hint)
+
+
+def test_training_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    """A real refusal by the system, at 64 KiB a file: safetensors has an error of its own for it."""
+    import resource
+
+    file = tmp_path / "state.safetensors"
+    save_tensors(file, {"values": torch.ones(8)}, {"step": "1"})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written: File too large"):
+            save_tensors(file, {"values": torch.zeros(2**18)}, {"step": "2"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    with safe_open(file, "pt") as stored:
+        assert stored.metadata() == {"step": "1"}
+        assert torch.equal(stored.get_tensor("values"), torch.ones(8))
 
 
 def test_more_than_the_disk_holds_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lowbit.deploy.objects.job import RECIPES
 from lowbit.deploy.objects.jobset import LONGEST_NAME
 from lowbit.deploy.objects.pod import MODELS, OUTPUT
 from lowbit.deploy.spec import QuantizeSpec, SweepItem, dns_name
+from lowbit.pipeline.codes import SAVED_BYTES
 from lowbit.pipeline.estimate import ANY_CPU, estimate
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.plan import make_plan
@@ -174,8 +175,18 @@ def _memory(shapes: Model, recipe: Recipe, device: str, gpus: int) -> int:
 
 
 def _states(recipes: dict[str, Recipe], shapes: Model) -> int:
-    texts = [recipe.calibration for recipe in recipes.values()]
-    return max(2 * 2 * text.num_samples * text.seq_len * shapes.shape.hidden for text in texts)
+    return max(_states_of(recipe, shapes) for recipe in recipes.values())
+
+
+def _states_of(recipe: Recipe, shapes: Model) -> int:
+    """Bytes of the states between two blocks and, where codes are trained, of their training as it is saved."""
+    text, tune = recipe.calibration, recipe.tune
+    window = 2 * text.seq_len * shapes.shape.hidden
+    states = 2 * text.num_samples * window
+    if not tune.steps or not tune.codes:
+        return states
+    weights = sum(parameter.numel() for parameter in shapes.streamed.blocks.parameters())
+    return states + tune.self_samples * window + SAVED_BYTES * weights
 
 
 def _scratch(shapes: Model, local: bool) -> int:

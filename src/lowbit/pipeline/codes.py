@@ -27,6 +27,8 @@ _FORGET = (0.9, 0.99)
 # of a weight in training: its place on the grid and Adam's two moments in float32, the code and scale it started from, and
 # what one block's gradient takes, spread over the blocks
 WEIGHT_BYTES = 16
+# and of its training as it is saved: the first three of these, and the code that came of it
+SAVED_BYTES = 13
 
 
 class Codes:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.core.primitives import are_consecutive, by_column
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import adam_
+from lowbit.pipeline.writer import save_tensors
 
 # of Adam's moments; the second forgets faster than usual since there are few steps
 _FORGET = (0.9, 0.95)
@@ -101,12 +101,12 @@ class Factors:
         adam_(self.values, self.gradient, (self.first, self.second), self.step, rate, _FORGET)
 
     def save(self, beside: Mapping[str, Tensor]) -> None:
-        """Put the training state into the file, whole or not at all, with what else is trained in the same steps."""
-        temporary = self.file.with_suffix(".tmp")
-        state = {"values": self.values, "first": self.first, "second": self.second}
-        state |= beside
-        save_file({name: tensor.cpu() for name, tensor in state.items()}, temporary, metadata={"step": str(self.step)})
-        temporary.replace(self.file)
+        """Put the training state into the file, whole or not at all, with what else is trained in the same steps.
+
+        Raises OutputError.
+        """
+        own = {"values": self.values, "first": self.first, "second": self.second}
+        save_tensors(self.file, {**own, **beside}, {"step": str(self.step)})
 
     def _load(self) -> None:
         with safe_open(self.file, "pt") as stored:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint, TensorSpec
@@ -32,6 +31,7 @@ from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, norm_tensors, row_order
 from lowbit.pipeline.run import Streams, calibration_states
 from lowbit.pipeline.tune import TuneOptions, last_states, tune
+from lowbit.pipeline.writer import save_tensors
 
 _STATE, _RESULT = "tuning.safetensors", "tuned.safetensors"
 _MINIMUM, _CODES = ".minimum", ".codes"
@@ -197,9 +197,7 @@ def _put_aside(
                 tensor = written.norms[full]
                 # llama.cpp stores some norms as 1 + weight: what is added to the one is added to the other
                 changed[tensor] = job.source.dense(tensor) + own * norm_unit(stored)
-    temporary = file.with_suffix(".tmp")
-    save_file(changed, temporary, metadata={key: repr(value) for key, value in said.items()})
-    temporary.replace(file)
+    save_tensors(file, changed, {key: repr(value) for key, value in said.items()})
 
 
 def _moved(tensor: str, grid: Grid, factor: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint
@@ -19,7 +19,7 @@ from lowbit.core.hardware import calibration_dtype
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.pipeline.writer import output_errors
+from lowbit.pipeline.writer import save_tensors
 
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
@@ -43,11 +43,7 @@ def kept_samples(
         if windows.shape == (count, length):
             return windows
     windows = sample_windows(checkpoint, device, count, length, seed, progress)
-    with output_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        save_file({"windows": windows}, temporary)
-        temporary.replace(file)
+    save_tensors(file, {"windows": windows})
     return windows
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.core.checkpoint.safetensors import SafetensorsCheckpoint
@@ -27,7 +26,7 @@ from lowbit.pipeline.factors import Factors, norm_unit
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.run import Streams, calibration_states
 from lowbit.pipeline.tune import TuneOptions, last_states, tune
-from lowbit.pipeline.writer import ShardedWriter
+from lowbit.pipeline.writer import ShardedWriter, save_tensors
 
 _STATE, _RESULT = "tuning.safetensors", "tuned.safetensors"
 _CODES = ".codes"
@@ -111,9 +110,7 @@ def _put_aside(
             else:
                 weight = stored.read(f"{path}.{name}")
                 changed[f"{path}.{name}"] = (weight.float() + own * norm_unit(weight)).to(weight.dtype)
-    temporary = file.with_suffix(".tmp")
-    save_file(changed, temporary, metadata={key: repr(value) for key, value in said.items()})
-    temporary.replace(file)
+    save_tensors(file, changed, {key: repr(value) for key, value in said.items()})
 
 
 def _write(plan: Plan, stored: ArtifactCheckpoint, writer: ShardedWriter, file: Path) -> dict[str, Any]:

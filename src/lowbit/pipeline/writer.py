@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.core.checkpoint.safetensors import SAFETENSORS_DTYPES, read_header
@@ -209,6 +212,24 @@ def write_json(file: Path, content: Any) -> None:
     with output_errors(file):
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        temporary.replace(file)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file through a temporary one, so that it is there whole or not at all. Raises OutputError."""
+    temporary = file.with_suffix(".tmp")
+    with output_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(
+                {name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=dict(metadata or {})
+            )
+        except SafetensorError as error:
+            temporary.unlink(missing_ok=True)
+            # it gives the system's error as text
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number)) from error
         temporary.replace(file)
 
 
