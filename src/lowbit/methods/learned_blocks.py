@@ -7,6 +7,7 @@ leave every one where it was, and nothing to learn from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,9 +38,16 @@ class BlockMatrix:
 
     def rows(self, order: Tensor) -> BlockMatrix:
         """The matrix with row order[i] as its row i."""
+        return self._changed(lambda part: part[order])
+
+    def to(self, device: torch.device) -> BlockMatrix:
+        """The same matrix on another device."""
+        return self._changed(lambda part: part.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> BlockMatrix:
         own = self.grid
-        rest = [None if part is None else part[order] for part in (own.dmin, own.scale_codes, own.min_codes)]
-        return BlockMatrix(self.codec, Grid(own.d[order], *rest), self.codes[order])
+        rest = [None if part is None else change(part) for part in (own.dmin, own.scale_codes, own.min_codes)]
+        return BlockMatrix(self.codec, Grid(change(own.d), *rest), change(self.codes))
 
 
 class LearnedBlocks:

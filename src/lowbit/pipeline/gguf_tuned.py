@@ -160,9 +160,8 @@ def _codes(job: GgufJob, model: StreamedModel, factors: Factors, written: _Writt
             if full.removesuffix(".weight") not in factors.columns:
                 continue
             tensor = written.linears[model.stored_name(full)].tensor
-            codec, data = CODECS[job.types[tensor]], written.stored(tensor).to(model.device)
-            back = torch.argsort(written.order(tensor, weight.cpu())).to(model.device)
-            start = BlockMatrix(codec, *codec.unpack(data)).rows(back)
+            codec, back = CODECS[job.types[tensor]], torch.argsort(written.order(tensor, weight.cpu()))
+            start = BlockMatrix(codec, *codec.unpack(written.stored(tensor))).rows(back).to(model.device)
             matrix = weight.float().T.contiguous() if transposed else weight.float()
             block[name] = LearnedBlocks(matrix, start, scales=False)
         blocks.append(block)
