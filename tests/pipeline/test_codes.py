@@ -16,9 +16,9 @@ from lowbit.core.errors import RecipeError
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
+from lowbit.methods.even_grid import EvenGrid
 from lowbit.methods.kquants import CODECS
-from lowbit.methods.learned_matrix import LearnedMatrix
-from lowbit.pipeline.codes import Codes, check_memory
+from lowbit.pipeline.codes import Codes, Start, check_memory
 from lowbit.pipeline.factors import Factors
 from lowbit.pipeline.student import Student
 from lowbit.recipe import preset
@@ -59,15 +59,15 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
     stored = ArtifactCheckpoint(open_checkpoint(tmp_path / "start"))
     artifact = StreamedModel(stored, device, torch.float32)
     factors = Factors(artifact, {}, tmp_path / "state", device)
-    blocks = [
+    starts = [
         {
-            name: LearnedMatrix(weight.float(), stored.qtensor(f"{base.block_path(i)}.{name[:-7]}"), scales=False)
+            name: Start(weight, EvenGrid.of_tensor(stored.qtensor(f"{base.block_path(i)}.{name[:-7]}")))
             for name, weight in base.read_block(i).items()
             if weight.dim() == 2
         }
         for i in range(len(base.blocks))
     ]
-    codes = Recorded(blocks, tmp_path / "state", transposed=False)
+    codes = Recorded(starts, tmp_path / "state", transposed=False)
     windows = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
 
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -85,14 +85,19 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
     with base.outside(), artifact.outside():
         found = Student(base, artifact, factors, codes).gradients(windows, teacher)
     assert found == pytest.approx(loss.item(), rel=0.02)
-    for index, block in enumerate(blocks):
-        for (name, one), gradient in zip(block.items(), codes.gradients[index], strict=True):
-            scale = one.start.scale.float()[:, one.start.column_groups()]
-            inside = (one.position >= 0) & (one.position <= one.start.scheme.max_code)
-            expected = by_weight[f"{base.block_path(index)}.{name}"] * scale * inside
-            similar = torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)
-            assert similar > 0.99, name  # products are in 16 bits
-            assert gradient.norm() == pytest.approx(expected.norm().item(), rel=0.05)
+    for index, groups in enumerate(codes._groups):
+        assert sorted(name for group in groups for name in group.rows) == sorted(starts[index])
+        for group, gradient in zip(groups, codes.gradients[index], strict=True):
+            for name, rows in group.rows.items():
+                grid, position = starts[index][name].grid, group.codes.position[rows]
+                step = grid.scale.repeat_interleave(position.shape[1] // grid.scale.shape[1], 1)
+                inside = (position >= 0) & (position <= grid.top)
+                expected = (by_weight[f"{base.block_path(index)}.{name}"] * step * inside).flatten()
+                own = gradient[rows].flatten()
+                assert torch.nn.functional.cosine_similarity(own, expected, dim=0) > 0.99, (
+                    name
+                )  # products are in 16 bits
+                assert own.norm() == pytest.approx(expected.norm().item(), rel=0.05)
 
 
 def test_trained_codes_lower_the_divergence_and_scales_alone_do_less(tiny_llama: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ leave every one where it was, and nothing to learn from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,26 +37,19 @@ class BlockMatrix:
 
     def rows(self, order: Tensor) -> BlockMatrix:
         """The matrix with row order[i] as its row i."""
-        return self._changed(lambda part: part[order])
-
-    def to(self, device: torch.device) -> BlockMatrix:
-        """The same matrix on another device."""
-        return self._changed(lambda part: part.to(device))
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> BlockMatrix:
         own = self.grid
-        rest = [None if part is None else change(part) for part in (own.dmin, own.scale_codes, own.min_codes)]
-        return BlockMatrix(self.codec, Grid(change(own.d), *rest), change(self.codes))
+        rest = [None if part is None else part[order] for part in (own.dmin, own.scale_codes, own.min_codes)]
+        return BlockMatrix(self.codec, Grid(own.d[order], *rest), self.codes[order])
 
 
 class LearnedBlocks:
     """learning.Learnable that starts from a BlockMatrix of `weight` [out, in] float32.
 
-    stretches: d and, where the type has minimums, dmin, each [out, blocks]; none for MXFP4, whose scales are powers of two, or
-    without `scales`. Sub-blocks of zeros stay zeros.
+    stretches: d and, where the type has minimums, dmin, each [out, blocks]; none for MXFP4, whose scales are powers of two.
+    Sub-blocks of zeros stay zeros.
     """
 
-    def __init__(self, weight: Tensor, start: BlockMatrix, *, scales: bool = True) -> None:
+    def __init__(self, weight: Tensor, start: BlockMatrix) -> None:
         self.start = start
         grid, codec = start.grid, start.codec
         ascending = sorted(set(codec.levels))
@@ -72,7 +64,7 @@ class LearnedBlocks:
         self.fixed = (_zeros(weight, own, scale, minimum) | (scale == 0)).unsqueeze(-1)
         wanted = torch.where(self.fixed, own.view(self.shape), wanted / scale.unsqueeze(-1))
         self.position = self.levels.begin(wanted.view(weight.shape), own).requires_grad_()
-        trained = [part for part in (grid.d, grid.dmin) if scales and part is not None and part.dtype == torch.float16]
+        trained = [part for part in (grid.d, grid.dmin) if part is not None and part.dtype == torch.float16]
         self.stretches = [torch.ones_like(part, dtype=torch.float32).requires_grad_() for part in trained]
 
     def weight(self) -> Tensor:

@@ -16,10 +16,10 @@ from lowbit.methods.learned_levels import Levels
 class LearnedMatrix:
     """learning.Learnable that starts from the QTensor of `weight` [out, in] float32.
 
-    stretches: the groups' scales [out, groups]; none where scales are no floats, or without `scales`.
+    stretches: the groups' scales [out, groups]; none where scales are no floats.
     """
 
-    def __init__(self, weight: Tensor, start: QTensor, *, scales: bool = True) -> None:
+    def __init__(self, weight: Tensor, start: QTensor) -> None:
         self.start = start
         self.groups = start.column_groups()
         self.scale = group_scale(start.scheme.kind, start.scale, start.extra)
@@ -31,7 +31,7 @@ class LearnedMatrix:
         self.consecutive = are_consecutive(self.groups, self.scale.shape[1])
         wanted = weight / self._by_column(self.scale) + self._by_column(self.zero)
         self.position = self.levels.begin(wanted, _values(start)).requires_grad_()
-        self.stretches = [torch.ones_like(self.scale).requires_grad_()] if integer and scales else []
+        self.stretches = [torch.ones_like(self.scale).requires_grad_()] if integer else []
 
     def weight(self) -> Tensor:
         """[out, in] float32: the dequantized weight, differentiable by straight-through rounding."""

@@ -8,10 +8,11 @@ move as soon as its gradient is known, so no more than one block's gradient exis
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from lowbit.core.errors import RecipeError
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import adam_
-from lowbit.methods.learning import Learnable
+from lowbit.methods.even_grid import EvenGrid, MovingCodes
 
 _FORGET = (0.9, 0.99)
 # of a weight in training: its place on the grid and Adam's two moments in float32, the code and scale it started from, and
@@ -31,29 +32,44 @@ WEIGHT_BYTES = 16
 SAVED_BYTES = 13
 
 
-class Codes:
-    """blocks: by block the layers in training, by parameter name; their scales do not move here. file: where an earlier run
-    saved the training state, if it did. transposed: whether the model keeps its weights as [in, out]."""
+@dataclass(frozen=True)
+class Start:
+    """A layer before training. weight: [out, in], what its codes stand for."""
 
-    def __init__(self, blocks: Sequence[Mapping[str, Learnable[Any]]], file: Path, *, transposed: bool) -> None:
-        self.blocks, self.transposed = blocks, transposed
+    weight: Tensor
+    grid: EvenGrid
+
+
+class Codes:
+    """Codes of all blocks; the scales they count do not move here."""
+
+    def __init__(self, blocks: Iterable[Mapping[str, Start]], file: Path, *, transposed: bool) -> None:
+        """blocks: by block the layers to train, by parameter name; taken one at a time. file: where an earlier run saved the
+        training state, if it did. transposed: whether the model keeps its weights as [in, out]."""
+        self.transposed = transposed
         self.kept = True
-        self._moments = [
-            {name: (torch.zeros_like(one.position), torch.zeros_like(one.position)) for name, one in block.items()}
-            for block in blocks
-        ]
+        self._groups = [_together(block) for block in blocks]
+        self._moments = [[_zeros_of(group.codes.position) for group in groups] for groups in self._groups]
         self._step, self._rate = 0, 0.0
         if file.exists():
             self._load(file)
 
-    def weight(self, index: int, name: str) -> Tensor:
-        """A parameter of a block in float32, differentiable by straight-through rounding."""
-        weight = self.blocks[index][name].weight()
-        return weight.T if self.transposed else weight
+    def names(self, index: int) -> set[str]:
+        """The parameters of a block that are in training."""
+        return {name for group in self._groups[index] for name in group.rows}
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Those parameters in float32, differentiable by straight-through rounding."""
+        found = {}
+        for group in self._groups[index]:
+            matrix = group.codes.weight()
+            for name, rows in group.rows.items():
+                found[name] = matrix[rows].T if self.transposed else matrix[rows]
+        return found
 
     def positions(self, index: int) -> list[Tensor]:
-        """The leaves of a block, in the order of its layers."""
-        return [one.position for one in self.blocks[index].values()]
+        """The leaves of a block."""
+        return [group.codes.position for group in self._groups[index]]
 
     def begin(self, step: int, rate: float) -> None:
         """What the next `descend` of every block does: step number `step`, from 1, of at most `rate` grid steps."""
@@ -61,27 +77,28 @@ class Codes:
 
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:
-        """One step of Adam for a block's layers."""
-        for (name, one), gradient in zip(self.blocks[index].items(), gradients, strict=True):
-            adam_(one.position, gradient, self._moments[index][name], self._step, self._rate, _FORGET)
+        """One step of Adam for a block; gradients: of its `positions`."""
+        for position, moments, gradient in zip(self.positions(index), self._moments[index], gradients, strict=True):
+            adam_(position, gradient, moments, self._step, self._rate, _FORGET)
 
     def result(self, index: int, name: str) -> Tensor | None:
-        """Trained codes [out, in] as the layer's format has them; None where the start is kept."""
-        return self.blocks[index][name].result().codes if self.kept and name in self.blocks[index] else None
+        """Trained codes, uint8 [out, in]; None where the start is kept."""
+        found = [group for group in self._groups[index] if name in group.rows] if self.kept else []
+        return found[0].codes.codes()[found[0].rows[name]] if found else None
 
     def moved(self) -> float:
         """The share of all codes that are others than at the start."""
-        layers = [one for block in self.blocks for one in block.values()] if self.kept else []
-        changed = sum(int((one.result().codes != one.start.codes).sum()) for one in layers)
-        return changed / max(1, sum(one.position.numel() for one in layers))
+        every = [group.codes for groups in self._groups for group in groups]
+        changed = sum(int((one.codes() != one.start).sum()) for one in every) if self.kept else 0
+        return changed / max(1, sum(one.start.numel() for one in every))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a continued run needs, for `Factors.save`."""
         state = {}
-        for index, block in enumerate(self.blocks):
-            for name, one in block.items():
-                for what, tensor in zip(_STATE, (one.position, *self._moments[index][name]), strict=True):
-                    state[f"{index}.{name}.{what}"] = tensor.detach()
+        for index, groups in enumerate(self._groups):
+            for number, group in enumerate(groups):
+                parts = (group.codes.position.detach(), *self._moments[index][number])
+                state |= {f"{index}.{number}.{what}": part for what, part in zip(_STATE, parts, strict=True)}
         return state
 
     @torch.no_grad()
@@ -89,6 +106,31 @@ class Codes:
         with safe_open(file, "pt") as stored:
             for name, tensor in self.state().items():
                 tensor.copy_(stored.get_tensor(name))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers of a block that are trained as one matrix. rows: of each, by parameter name."""
+
+    codes: MovingCodes
+    rows: dict[str, slice]
+
+
+def _together(block: Mapping[str, Start]) -> list[_Group]:
+    kinds: dict[tuple[int, ...], list[str]] = {}
+    for name, start in block.items():
+        kinds.setdefault(start.grid.kind, []).append(name)
+    groups = []
+    for names in kinds.values():
+        ends = list(itertools.accumulate((len(block[name].weight) for name in names), initial=0))
+        rows = {name: slice(*span) for name, span in zip(names, itertools.pairwise(ends), strict=True)}
+        codes = MovingCodes([block[name].weight for name in names], [block[name].grid for name in names])
+        groups.append(_Group(codes, rows))
+    return groups
+
+
+def _zeros_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(tensor), torch.zeros_like(tensor)
 
 
 _STATE = ("position", "first", "second")

@@ -21,11 +21,12 @@ from lowbit.core.contracts import Checkpoint, TensorSpec
 from lowbit.core.ggml_types import ggml_type
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.even_grid import EvenGrid
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.codec import Codec
 from lowbit.methods.kquants.grid import Grid
-from lowbit.methods.learned_blocks import BlockMatrix, LearnedBlocks
-from lowbit.pipeline.codes import Codes
+from lowbit.methods.learned_blocks import BlockMatrix
+from lowbit.pipeline.codes import Codes, Start
 from lowbit.pipeline.factors import Factors, norm_unit
 from lowbit.pipeline.gguf_encode import GgufJob
 from lowbit.pipeline.gguf_names import LinearTensor, norm_tensors, row_order
@@ -57,7 +58,7 @@ def tune_gguf(
         artifact = StreamedModel(written, model.device, model.dtype)
         columns, minimums = _grids(job, linears, written)
         factors = Factors(artifact, columns, directory / _STATE, model.device, minimums)
-        codes = _codes(job, model, factors, written, directory / _STATE) if options.codes else None
+        codes = _codes(job, model, linears, written, directory / _STATE) if options.codes else None
         teacher = calibration_states(model, windows, streams)
         last_states(model, windows, teacher, progress)
         found = tune(model, artifact, factors, teacher, windows, options, progress, codes)
@@ -150,22 +151,24 @@ def _grids(
     return columns, minimums
 
 
-def _codes(job: GgufJob, model: StreamedModel, factors: Factors, written: _Written, file: Path) -> Codes:
-    """The codes of every layer whose float scales are trained, rows in the checkpoint's order."""
-    transposed, blocks = model.architecture.transposed, []
-    for index in range(len(model.blocks)):
-        path, weights, block = model.block_path(index), model.read_block(index), {}
-        for name, weight in weights.items():
-            full = f"{path}.{name}"
-            if full.removesuffix(".weight") not in factors.columns:
+def _codes(
+    job: GgufJob, model: StreamedModel, linears: Mapping[str, LinearTensor], written: _Written, file: Path
+) -> Codes:
+    """The codes of every layer of a type with even levels, rows in the checkpoint's order."""
+    transposed = model.architecture.transposed
+
+    def starts(index: int) -> dict[str, Start]:
+        found = {}
+        for name, weight in model.read_block(index).items():
+            linear = linears.get(f"{model.block_path(index)}.{name.removesuffix('.weight')}")
+            if linear is None or not CODECS[job.types[linear.tensor]].uniform:
                 continue
-            tensor = written.linears[model.stored_name(full)].tensor
-            codec, back = CODECS[job.types[tensor]], torch.argsort(written.order(tensor, weight.cpu()))
-            start = BlockMatrix(codec, *codec.unpack(written.stored(tensor))).rows(back).to(model.device)
-            matrix = weight.float().T.contiguous() if transposed else weight.float()
-            block[name] = LearnedBlocks(matrix, start, scales=False)
-        blocks.append(block)
-    return Codes(blocks, file, transposed=transposed)
+            codec, order = CODECS[job.types[linear.tensor]], written.order(linear.tensor, weight.cpu())
+            matrix = BlockMatrix(codec, *codec.unpack(written.stored(linear.tensor))).rows(torch.argsort(order))
+            found[name] = Start(weight.T if transposed else weight, EvenGrid.of_blocks(matrix).to(model.device))
+        return found
+
+    return Codes(map(starts, range(len(model.blocks))), file, transposed=transposed)
 
 
 def _put_aside(

@@ -74,7 +74,7 @@ class Student:
     def _run(self, index: int, hidden: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         weights = dict(self._weights(index))
         if self.codes:
-            weights |= {name: self.codes.weight(index, name) for name in self.codes.blocks[index]}
+            weights |= self.codes.weights(index)
         changed = {name: self.factors.apply(index, name, weight, factors) for name, weight in weights.items()}
         with mixed_precision(hidden.device):
             return self.artifact.run_block(index, self.artifact.blocks[index], hidden, changed).float()
@@ -84,7 +84,7 @@ class Student:
         room."""
         if index in self._kept:
             return self._kept[index]
-        coded = self.codes.blocks[index] if self.codes else ()
+        coded = self.codes.names(index) if self.codes else set()
         stored = self.artifact.read_block(index)
         weights = {name: weight.to(self.base.dtype) for name, weight in stored.items() if name not in coded}
         size = sum(weight.nbytes for weight in weights.values())

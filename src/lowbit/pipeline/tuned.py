@@ -19,9 +19,9 @@ from lowbit.core.primitives import stored_scale
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
-from lowbit.methods.learned_matrix import LearnedMatrix
+from lowbit.methods.even_grid import EvenGrid
 from lowbit.pipeline.activations import Activations
-from lowbit.pipeline.codes import Codes
+from lowbit.pipeline.codes import Codes, Start
 from lowbit.pipeline.factors import Factors, norm_unit
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.run import Streams, calibration_states
@@ -48,7 +48,7 @@ def tune_artifact(
     if not (directory / _RESULT).exists():
         artifact = StreamedModel(stored, model.device, model.dtype)
         factors = Factors(artifact, _columns(plan, stored), directory / _STATE, model.device)
-        codes = _codes(model, stored, factors, directory / _STATE) if options.codes else None
+        codes = _codes(plan, model, stored, directory / _STATE) if options.codes else None
         teacher: Activations = calibration_states(model, windows, streams)
         last_states(model, windows, teacher, progress)
         found = tune(model, artifact, factors, teacher, windows, options, progress, codes)
@@ -72,19 +72,22 @@ def _columns(plan: Plan, stored: ArtifactCheckpoint) -> dict[str, Tensor]:
     return found
 
 
-def _codes(model: StreamedModel, stored: ArtifactCheckpoint, factors: Factors, file: Path) -> Codes:
-    """The codes of every layer whose scales are trained, beside the base's weights. The base is the very model whose weights
-    were rounded: a recipe with transforms trains no codes."""
-    transposed, blocks = model.architecture.transposed, []
-    for index in range(len(model.blocks)):
-        path, weights, block = model.block_path(index), model.read_block(index), {}
-        for name, weight in weights.items():
-            module = f"{path}.{name.removesuffix('.weight')}"
-            if module in factors.columns:
-                matrix = weight.float().T.contiguous() if transposed else weight.float()
-                block[name] = LearnedMatrix(matrix, stored.qtensor(module).to(model.device), scales=False)
-        blocks.append(block)
-    return Codes(blocks, file, transposed=transposed)
+def _codes(plan: Plan, model: StreamedModel, stored: ArtifactCheckpoint, file: Path) -> Codes:
+    """The codes of every layer of integers, beside the base's weights. The base is the very model whose weights were rounded:
+    a recipe with transforms trains no codes."""
+    transposed = model.architecture.transposed
+
+    def starts(index: int) -> dict[str, Start]:
+        found = {}
+        for name, weight in model.read_block(index).items():
+            module = f"{model.block_path(index)}.{name.removesuffix('.weight')}"
+            scheme = plan.layers[module].scheme.weights if module in plan.layers else None
+            if scheme is not None and scheme.kind == "int" and scheme.granularity in ("group", "channel"):
+                grid = EvenGrid.of_tensor(stored.qtensor(module).to(model.device))
+                found[name] = Start(weight.T if transposed else weight, grid)
+        return found
+
+    return Codes(map(starts, range(len(model.blocks))), file, transposed=transposed)
 
 
 def _put_aside(
