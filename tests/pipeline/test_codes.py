@@ -202,6 +202,17 @@ def test_codes_are_not_trained_beside_weights_that_a_transform_changed(tiny_llam
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("method", "name"), [("fp8", "out"), ("iq4_nl", "out.gguf")])
+def test_grids_without_even_steps_have_no_codes_to_train(
+    wide_llama: Path, tmp_path: Path, method: str, name: str
+) -> None:
+    with pytest.raises(RecipeError, match="even steps"):
+        lowbit.quantize(
+            wide_llama, output=tmp_path / name, method=method, settings=QUIET, tune_codes=True, dataset="pydoc"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_llama: Path) -> None:
     model = StreamedModel(open_checkpoint(tiny_llama), torch.device("cpu"), torch.float32)
     check_memory(model)

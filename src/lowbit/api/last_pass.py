@@ -35,10 +35,15 @@ def last_pass_windows(
     return torch.cat([windows, more])
 
 
-def check_last_pass(recipe: Recipe, model: StreamedModel) -> None:
-    """Raises RecipeError for a last pass that cannot be."""
+def check_last_pass(recipe: Recipe, model: StreamedModel, *, has_codes: bool) -> None:
+    """Raises RecipeError for a last pass that cannot be. has_codes: whether any layer gets codes of even steps."""
     if not recipe.tune.steps or not recipe.tune.codes:
         return
+    if not has_codes:
+        raise RecipeError(
+            f"codes are trained on grids of even steps, and {recipe.method} has none",
+            hint="an integer method (gptq, rtn, autoround) or a k-quant such as q4_k_m, or no --tune-codes",
+        )
     if recipe.transforms:
         raise RecipeError(
             f"codes are trained beside the checkpoint's weights, which {', '.join(recipe.transforms)} changes",

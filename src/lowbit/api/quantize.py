@@ -42,7 +42,7 @@ from lowbit.pipeline.output import Output, WrittenOutput
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import RunReport, Streams, run
 from lowbit.pipeline.self_sampling import remove_samples
-from lowbit.pipeline.tuned import remove_tuning, tune_artifact
+from lowbit.pipeline.tuned import has_even_codes, remove_tuning, tune_artifact
 from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
@@ -125,7 +125,7 @@ class _Run:
                 f"its blocks were found at {self.model.architecture.blocks}"
             )
         self.plan = make_plan(recipe, self.model)
-        check_last_pass(recipe, self.model)
+        check_last_pass(recipe, self.model, has_codes=any(has_even_codes(layer) for layer in self.plan.layers.values()))
         if recipe.tune.steps or learning_layers(self.plan.layers):
             refuse_several_processes("rounding and scales are learned (--effort best, --tune, autoround)")
 

@@ -23,7 +23,7 @@ from lowbit.methods.even_grid import EvenGrid
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.codes import Codes, Start
 from lowbit.pipeline.factors import Factors, norm_unit
-from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.plan import LayerPlan, Plan
 from lowbit.pipeline.run import Streams, calibration_states
 from lowbit.pipeline.tune import TuneOptions, last_states, tune
 from lowbit.pipeline.writer import ShardedWriter, save_tensors
@@ -72,6 +72,12 @@ def _columns(plan: Plan, stored: ArtifactCheckpoint) -> dict[str, Tensor]:
     return found
 
 
+def has_even_codes(layer: LayerPlan) -> bool:
+    """Whether a layer is one of integers, whose codes can be trained."""
+    weights = layer.scheme.weights
+    return weights is not None and weights.kind == "int" and weights.granularity in ("group", "channel")
+
+
 def _codes(plan: Plan, model: StreamedModel, stored: ArtifactCheckpoint, file: Path) -> Codes:
     """The codes of every layer of integers, beside the base's weights. The base is the very model whose weights were rounded:
     a recipe with transforms trains no codes."""
@@ -81,8 +87,7 @@ def _codes(plan: Plan, model: StreamedModel, stored: ArtifactCheckpoint, file: P
         found = {}
         for name, weight in model.read_block(index).items():
             module = f"{model.block_path(index)}.{name.removesuffix('.weight')}"
-            scheme = plan.layers[module].scheme.weights if module in plan.layers else None
-            if scheme is not None and scheme.kind == "int" and scheme.granularity in ("group", "channel"):
+            if module in plan.layers and has_even_codes(plan.layers[module]):
                 grid = EvenGrid.of_tensor(stored.qtensor(module).to(model.device))
                 found[name] = Start(weight.T if transposed else weight, grid)
         return found
