@@ -25,6 +25,7 @@ from lowbit.core.training import adam_
 from lowbit.methods.even_grid import EvenGrid, MovingCodes
 
 _FORGET = (0.9, 0.99)
+_STATE = ("position", "first", "second")
 # of a weight in training: its place on the grid and Adam's two moments in float32, the code and scale it started from, and
 # what one block's gradient takes, spread over the blocks
 WEIGHT_BYTES = 16
@@ -60,11 +61,11 @@ class Codes:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Those parameters in float32, differentiable by straight-through rounding."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in self._groups[index]:
-            matrix = group.codes.weight()
-            for name, rows in group.rows.items():
-                found[name] = matrix[rows].T if self.transposed else matrix[rows]
+            # split, for its gradient is one concatenation; slices would each add up a whole matrix
+            parts = group.codes.weight().split([rows.stop - rows.start for rows in group.rows.values()])
+            found |= {name: part.T if self.transposed else part for name, part in zip(group.rows, parts, strict=True)}
         return found
 
     def positions(self, index: int) -> list[Tensor]:
@@ -131,9 +132,6 @@ def _together(block: Mapping[str, Start]) -> list[_Group]:
 
 def _zeros_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(tensor), torch.zeros_like(tensor)
-
-
-_STATE = ("position", "first", "second")
 
 
 def check_memory(model: StreamedModel) -> None:
