@@ -75,6 +75,7 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "ours:awq": Ours({"method": "awq"}),
     "ours:autoround": Ours({"method": "autoround"}),
     "ours:best": Ours({"method": "gptq", "effort": "best"}),
+    "ours:best-codes": Ours({"method": "gptq", "effort": "best", "tune_codes": True}),
     **{f"ours:{name}": Ours({"method": name, **OWN}) for name in ("w8a8", "int8_sq", "fp8", "nf4", "mxfp4", "nvfp4")},
     "llmcompressor:rtn": Peer("llm-compressor", "llmcompressor_rtn.py"),
     "llmcompressor:gptq": Peer("llm-compressor", "llmcompressor_gptq.py"),
