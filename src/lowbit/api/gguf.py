@@ -27,7 +27,7 @@ from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import OutputError, RecipeError
 from lowbit.core.ggml_types import file_type
-from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
+from lowbit.core.hardware import calibration_dtype, free_memory_on, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
@@ -268,11 +268,8 @@ class _GgufRun:
         return f"{self.device.type} {calibration_dtype(self.device, torch.float16)}"
 
     def _streams(self, work: Path) -> Streams:
-        import psutil
-
-        on_cpu = self.device.type == "cpu"
-        free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
-        return Streams(4096 if on_cpu else 16384, self.settings.max_memory or free // 3, work)
+        tokens = 16384 if self.device.type == "cuda" else 4096
+        return Streams(tokens, self.settings.max_memory or free_memory_on(self.device) // 3, work)
 
     def _verify(self, file: Path, job: GgufJob) -> Measurement:
         """Measure the finished file against its base on text that calibration did not see."""

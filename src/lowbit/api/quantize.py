@@ -25,7 +25,7 @@ from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.distributed import World, joined, own_device, refuse_several_processes
 from lowbit.core.errors import RecipeError
-from lowbit.core.hardware import calibration_dtype, peak_memory_mib, pick_device, reset_peak_memory
+from lowbit.core.hardware import calibration_dtype, free_memory_on, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
@@ -212,13 +212,8 @@ class _Run:
         }
 
     def _streams(self, work: Path) -> Streams:
-        import psutil
-
-        free = (
-            psutil.virtual_memory().available if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        )
         tokens = 16384 if self.device.type == "cuda" else 4096
-        return Streams(tokens, self.settings.max_memory or free // 3, work)
+        return Streams(tokens, self.settings.max_memory or free_memory_on(self.device) // 3, work)
 
     def _write_companions(self, work: Path) -> None:
         config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit.core.container import free_memory
 from lowbit.core.errors import RecipeError
 from lowbit.core.resident import peak_resident
 
@@ -30,6 +31,11 @@ def calibration_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
         return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def free_memory_on(device: torch.device) -> int:
+    """Bytes that can be taken now: of a GPU, or of this machine within its container's limits."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -84,7 +84,8 @@ class MovingCodes:
 
     def weight(self) -> Tensor:
         """[rows, in] float32, differentiable by straight-through rounding within the grid's ends."""
-        found: Tensor = _OnGrid.apply(self.position, self.scale, self.minimum, self.slope, self.top)  # type: ignore[no-untyped-call]
+        parts = self.position, self.scale, self.minimum, self.slope, self.top
+        found: Tensor = _OnGrid.apply(*parts)  # type: ignore[no-untyped-call]  # torch gives it no types
         return found
 
     @torch.no_grad()

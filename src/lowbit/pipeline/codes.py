@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lowbit.core.errors import RecipeError
+from lowbit.core.hardware import free_memory_on
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import adam_
 from lowbit.methods.even_grid import EvenGrid, MovingCodes
@@ -137,12 +137,10 @@ def _zeros_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def check_memory(model: StreamedModel) -> None:
     """Raises RecipeError where the codes of all blocks cannot be in training at once."""
     weights = sum(math.prod(parameter.shape) for parameter in model.blocks.parameters())
-    cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
-    need = WEIGHT_BYTES * weights
+    free, need = free_memory_on(model.device), WEIGHT_BYTES * weights
     if need > 0.9 * free:
         raise RecipeError(
             f"training codes takes {need / 2**30:.1f} GiB for {weights / 1e9:.2g} billion weights, and {free / 2**30:.1f} GiB "
-            f"of the {'GPU' if cuda else 'machine'} are free",
+            f"of {model.device.type} memory are free",
             hint="leave --tune-codes out (scales and norms take little), or choose a device with more memory",
         )

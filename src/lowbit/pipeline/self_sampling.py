@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CalibrationError
-from lowbit.core.hardware import calibration_dtype
+from lowbit.core.hardware import calibration_dtype, free_memory_on
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
@@ -90,11 +90,9 @@ def sample_windows(
 
 def _check_memory(model: StreamedModel, device: torch.device, document: int) -> int:
     """How many documents can be sampled at once: their cache takes at most half of what the weights leave free."""
-    import psutil
-
     parameters = sum(parameter.numel() for parameter in model.skeleton.parameters())
     need = parameters * model.dtype.itemsize
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = free_memory_on(device)
     if need > 0.8 * free:
         raise CalibrationError(
             f"--dataset self needs the whole model in memory: {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",

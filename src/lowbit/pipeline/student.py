@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lowbit.core.hardware import free_memory_on
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import mixed_precision
 from lowbit.pipeline.codes import Codes
@@ -88,7 +89,7 @@ class Student:
         stored = self.artifact.read_block(index)
         weights = {name: weight.to(self.base.dtype) for name, weight in stored.items() if name not in coded}
         size = sum(weight.nbytes for weight in weights.values())
-        if size * len(self.base.blocks) < _free(self.base.device) + size * len(self._kept):
+        if size * len(self.base.blocks) < free_memory_on(self.base.device) // 2 + size * len(self._kept):
             self._kept[index] = weights
         return weights
 
@@ -110,12 +111,3 @@ class Student:
         for window in range(0, count, max(1, together)):
             for start in range(0, tokens, step):
                 yield tuple(one[window : window + max(1, together), start : start + step] for one in states)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of memory that weights may take: half of what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    import psutil
-
-    return int(psutil.virtual_memory().available) // 2
