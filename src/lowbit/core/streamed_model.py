@@ -45,7 +45,7 @@ class StreamedModel:
         self.blocks: nn.ModuleList = self.skeleton.get_submodule(self.architecture.blocks)
         self.architecture = take_experts_apart(model_type, self.architecture, self.blocks)
         self._stored = _stored_names(self.skeleton, checkpoint)
-        self._arguments: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
+        self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def block_path(self, index: int) -> str:
         """Module path of a block, such as "model.layers.7"."""
@@ -142,13 +142,11 @@ class StreamedModel:
         self, index: int, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Hidden states [batch, tokens, hidden] through one filled block, or through it with other `weights`."""
-        args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
-        if weights is None:
-            output = block(hidden, *args, **kwargs)
-        else:
-            output = torch.func.functional_call(block, dict(weights), (hidden, *args), kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return run_module(block, weights, hidden, *self.arguments(index, hidden))
+
+    def arguments(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a block is called with beside states of this shape; known after `embed` of ids of this shape."""
+        return self._arguments[tuple(hidden.shape[:2])][index]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Outputs of the last block [batch, tokens, hidden] -> logits [batch, tokens, vocabulary]; needs `outside()`."""
@@ -181,6 +179,22 @@ class StreamedModel:
                     f"tensor {self._stored[name]!r} holds NaN or infinity: the checkpoint is damaged",
                     hint="download it again, or take another checkpoint",
                 )
+
+
+def run_module(
+    block: nn.Module,
+    weights: Mapping[str, Tensor] | None,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Hidden states through a block with its own weights, or others."""
+    if weights is None:
+        output = block(hidden, *args, **kwargs)
+    else:
+        output = torch.func.functional_call(block, dict(weights), (hidden, *args), kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 class _Recorded(Exception):  # noqa: N818 - control flow, not an error

@@ -50,8 +50,26 @@ def adam_(
 ) -> None:
     """One step of Adam (Kingma and Ba 2014) in place. moments: of the gradient, first and second. step: from 1. forget: what
     each moment keeps of itself."""
-    (first, second), (keep_first, keep_second) = moments, forget
+    follow_(values, gradient, *moments, *adam_scalars(step, rate, forget), forget)
+
+
+def adam_scalars(step: int, rate: float, forget: tuple[float, float]) -> tuple[float, float]:
+    """(what the first moment is multiplied with, and the second) in a step of Adam: the rate, and the moments' beginning at
+    zero made up for."""
+    return rate / (1 - forget[0] ** step), 1 / (1 - forget[1] ** step)
+
+
+def follow_(
+    values: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    length: float | Tensor,
+    correction: float | Tensor,
+    forget: tuple[float, float],
+) -> None:
+    """`adam_` with its scalars as numbers, or as tensors that may change while the compiled function stays."""
+    keep_first, keep_second = forget
     first.lerp_(gradient, 1 - keep_first)
     second.mul_(keep_second).addcmul_(gradient, gradient, value=1 - keep_second)
-    size = (second / (1 - keep_second**step)).sqrt_().add_(1e-8)
-    values.addcdiv_(first, size, value=-rate / (1 - keep_first**step))
+    values.sub_((first * length).div_((second * correction).sqrt_().add_(1e-8)))

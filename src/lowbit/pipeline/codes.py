@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit.core.compiling import compiled
 from lowbit.core.errors import RecipeError
 from lowbit.core.hardware import free_memory_on
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.training import adam_
+from lowbit.core.training import adam_scalars, follow_
 from lowbit.methods.even_grid import EvenGrid, MovingCodes
 
 _FORGET = (0.9, 0.99)
@@ -51,7 +52,9 @@ class Codes:
         self.kept = True
         self._groups = [_together(block) for block in blocks]
         self._moments = [[_zeros_of(group.codes.position) for group in groups] for groups in self._groups]
-        self._step, self._rate = 0, 0.0
+        self._scalars: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
+        self._on_device: Tensor | None = None
+        self._follow = follow_
         if file.exists():
             self._load(file)
 
@@ -74,13 +77,22 @@ class Codes:
 
     def begin(self, step: int, rate: float) -> None:
         """What the next `descend` of every block does: step number `step`, from 1, of at most `rate` grid steps."""
-        self._step, self._rate = step, rate
+        self._scalars = adam_scalars(step, rate, _FORGET)
+        if self._on_device is not None:
+            self._on_device.copy_(torch.tensor(self._scalars))
+            self._scalars = self._on_device[0], self._on_device[1]
+
+    def compile(self) -> None:
+        """Take one kernel for a step of a matrix, on a GPU, with what changes from step to step in one place of its memory."""
+        self._follow = compiled(follow_)
+        places = (group.codes.position for groups in self._groups for group in groups)
+        self._on_device = torch.zeros(2, device=next(places).device)
 
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:
         """One step of Adam for a block; gradients: of its `positions`."""
         for position, moments, gradient in zip(self.positions(index), self._moments[index], gradients, strict=True):
-            adam_(position, gradient, moments, self._step, self._rate, _FORGET)
+            self._follow(position.detach(), gradient, *moments, *self._scalars, _FORGET)
 
     def result(self, index: int, name: str) -> Tensor | None:
         """Trained codes, uint8 [out, in]; None where the start is kept."""

@@ -129,4 +129,4 @@ def _spread_minimum(minimum: Tensor, factor: Tensor, columns: int) -> Tensor:
 def norm_unit(weight: Tensor) -> Tensor:
     """What a factor of a norm's weight multiplies: its size, or the usual size where it is smaller."""
     size = weight.float().abs()
-    return size.clamp_min(size.mean().item())
+    return torch.maximum(size, size.mean())  # nothing here asks the device for a number: steps are recorded

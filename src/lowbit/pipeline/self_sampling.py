@@ -23,6 +23,7 @@ from lowbit.pipeline.writer import save_tensors
 
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
+_TOGETHER = 4096
 _FILES = {"calibration": "self-sampled.safetensors", "tuning": "self-sampled-more.safetensors"}
 
 
@@ -98,7 +99,11 @@ def _check_memory(model: StreamedModel, device: torch.device, document: int) -> 
             f"--dataset self needs the whole model in memory: {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
             hint="give a text instead: --dataset pydoc or a file",
         )
-    config = model.checkpoint.config
-    # keys and values of all heads, and the logits of the last token in float32
-    cache = 2 * len(model.blocks) * int(config["hidden_size"]) * model.dtype.itemsize * document
-    return max(1, min(1024, int((free - need) / 2 / (cache + 12 * int(config["vocab_size"])))))
+    # keys and values, and the logits of the last token in float32
+    config = model.skeleton.config
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
+        getattr(config, "num_key_value_heads", None) or heads
+    )
+    cache = 2 * len(model.blocks) * width * model.dtype.itemsize * document
+    return max(1, min(_TOGETHER, int((free - need) / 2 / (cache + 12 * config.vocab_size))))

@@ -3,13 +3,15 @@ than one block's graph exists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowbit.core.compiling import Recorded, compiled
 from lowbit.core.hardware import free_memory_on
-from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.streamed_model import StreamedModel, run_module
 from lowbit.core.training import mixed_precision
 from lowbit.pipeline.codes import Codes
 from lowbit.pipeline.factors import Factors
@@ -19,24 +21,43 @@ _LOGITS_BYTES, _LOGITS_TOKENS = 2**30, 1024
 
 
 class Student:
-    """The artifact under its factors and, when codes are given, with those instead of the ones it has stored."""
+    """The artifact under its factors and, when codes are given, with those instead of the ones it has stored.
+
+    fast: compile what every step does and record it as one CUDA graph, for many steps of one shape on a GPU: launching the
+    thousands of kernels of a step takes three times as long as they do.
+    """
 
     def __init__(
-        self, base: StreamedModel, artifact: StreamedModel, factors: Factors, codes: Codes | None = None
+        self,
+        base: StreamedModel,
+        artifact: StreamedModel,
+        factors: Factors,
+        codes: Codes | None = None,
+        *,
+        fast: bool = False,
     ) -> None:
         self.base, self.artifact, self.factors, self.codes = base, artifact, factors, codes
+        self.fast = fast
         self._kept: dict[int, dict[str, Tensor]] = {}
+        self._run_module = compiled(run_module) if fast else run_module
+        self._divergence_of = compiled(_divergence) if fast else _divergence
+        self._stand_ins: dict[int, nn.Module] = {}
+        # what blocks are called with, by shape of the windows: always the same tensors, as recorded kernels have to find them
+        self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._forward: Callable[..., tuple[Tensor, ...]] = Recorded(self._through) if fast else self._through
+        self._backward: Callable[..., tuple[Tensor, ...]] = Recorded(self._back) if fast else self._back
+        if fast and codes is not None:
+            codes.compile()
 
     @torch.no_grad()
     def loss(self, windows: Tensor, teacher: Tensor) -> float:
         """Mean KL over all tokens."""
-        hidden, _ = self._forward(windows)
+        hidden = self._through(self._embedded(windows))[0]
         return sum(self._divergence(*pair).item() for pair in self._pieces(hidden, teacher)) / windows.numel()
 
-    def gradients(self, windows: Tensor, teacher: Tensor) -> float:
-        """Mean KL; its gradient goes to the factors, and to the codes, which descend at once."""
-        with torch.no_grad():
-            hidden, inputs = self._forward(windows)
+    def gradients(self, windows: Tensor, teacher: Tensor) -> Tensor:
+        """Mean KL, a scalar; its gradient goes to the factors, and to the codes, which descend at once."""
+        hidden, *inputs = self._forward(self._embedded(windows))
         losses, gradient = [], torch.empty_like(hidden)
         for (piece, target), place in zip(self._pieces(hidden, teacher), self._pieces(gradient), strict=True):
             leaf = piece.detach().requires_grad_()
@@ -44,21 +65,36 @@ class Student:
                 loss = self._divergence(leaf, target) / windows.numel()
                 place[0].copy_(torch.autograd.grad(loss, leaf)[0])
             losses.append(loss.detach())
-        for index in reversed(range(len(inputs))):
-            gradient = self._backward(index, inputs[index], gradient)
-        return float(torch.stack(losses).sum())
+        self._backward(gradient, *inputs)
+        return torch.stack(losses).sum()
 
-    def _forward(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(states after the last block float32, the inputs of every block in 16 bits)."""
+    @torch.no_grad()
+    def _embedded(self, windows: Tensor) -> Tensor:
         with mixed_precision(self.artifact.device):
             hidden = self.artifact.embed(windows).float()
+        shape = tuple(windows.shape)
+        if shape not in self._arguments:
+            self._arguments[shape] = [
+                self.artifact.arguments(index, hidden) for index in range(len(self.artifact.blocks))
+            ]
+        return hidden
+
+    @torch.no_grad()
+    def _through(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """(states after the last block float32, the inputs of every block in 16 bits)."""
         inputs = []
         for index in range(len(self.artifact.blocks)):
             inputs.append(hidden.to(torch.bfloat16))
             hidden = self._run(index, hidden, self.factors.block(index))
-        return hidden, inputs
+        return hidden, *inputs
 
-    def _backward(self, index: int, inputs: Tensor, gradient: Tensor) -> Tensor:
+    def _back(self, gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """From the gradient of the last block's output, through all blocks, to the first one's input."""
+        for index in reversed(range(len(inputs))):
+            gradient = self._back_through(index, inputs[index], gradient)
+        return (gradient,)
+
+    def _back_through(self, index: int, inputs: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to a block's inputs; that of its factors is kept with them."""
         hidden = inputs.float().requires_grad_()
         leaves = {name: factor.detach().requires_grad_() for name, factor in self.factors.block(index).items()}
@@ -77,8 +113,31 @@ class Student:
         if self.codes:
             weights |= self.codes.weights(index)
         changed = {name: self.factors.apply(index, name, weight, factors) for name, weight in weights.items()}
+        args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
         with mixed_precision(hidden.device):
-            return self.artifact.run_block(index, self.artifact.blocks[index], hidden, changed).float()
+            if self.fast and index not in self._stand_ins:
+                self._stand_ins[index] = self._stand_in(index, changed, hidden, args, kwargs)
+            block = self._stand_ins.get(index, self.artifact.blocks[index])
+            return self._run_module(block, changed, hidden, args, kwargs).float()
+
+    @torch.no_grad()
+    def _stand_in(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> nn.Module:
+        """An earlier block that with this one's weights gives the same, bit for bit: compiled once, it serves for both."""
+        own = self.artifact.blocks[index]
+        shapes = {name: parameter.shape for name, parameter in own.named_parameters()}
+        expected = run_module(own, weights, hidden, args, kwargs)
+        for other in {id(block): block for block in self._stand_ins.values()}.values():
+            alike = shapes == {name: parameter.shape for name, parameter in other.named_parameters()}
+            if alike and torch.equal(run_module(other, weights, hidden, args, kwargs), expected):
+                return other
+        return own
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         """The block's dense weights in 16 bits, without those that codes stand for; kept once read, as long as there is
@@ -89,7 +148,8 @@ class Student:
         stored = self.artifact.read_block(index)
         weights = {name: weight.to(self.base.dtype) for name, weight in stored.items() if name not in coded}
         size = sum(weight.nbytes for weight in weights.values())
-        if size * len(self.base.blocks) < free_memory_on(self.base.device) // 2 + size * len(self._kept):
+        # what is recorded must not read files
+        if self.fast or size * len(self.base.blocks) < free_memory_on(self.base.device) // 2 + size * len(self._kept):
             self._kept[index] = weights
         return weights
 
@@ -97,9 +157,8 @@ class Student:
         """KL summed over the tokens of [windows, tokens, hidden] states after the last block."""
         with mixed_precision(hidden.device):
             with torch.no_grad():
-                wanted = self.base.logits(teacher.to(hidden.device)).float().log_softmax(-1)
-            given = self.artifact.logits(hidden).float().log_softmax(-1)
-        return (wanted.exp() * (wanted - given)).sum()
+                wanted = self.base.logits(teacher.to(hidden.device))
+            return self._divergence_of(wanted, self.artifact.logits(hidden))
 
     def _pieces(self, *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same tokens of several [windows, tokens, hidden]: on a GPU as many windows as there is room for, on a CPU a part
@@ -111,3 +170,9 @@ class Student:
         for window in range(0, count, max(1, together)):
             for start in range(0, tokens, step):
                 yield tuple(one[window : window + max(1, together), start : start + step] for one in states)
+
+
+def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
+    """KL of two distributions, [..., vocabulary] logits, summed over all but the last dimension in float32."""
+    wanted, given = wanted.float().log_softmax(-1), given.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - given)).sum()

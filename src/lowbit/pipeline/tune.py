@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.core.compiling import can_compile
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import reproducible
@@ -26,6 +27,10 @@ from lowbit.pipeline.factors import Factors
 from lowbit.pipeline.student import Student
 
 _WARM_UP = 5
+# compiling takes as long as a hundred steps or two
+_COMPILED_FROM = 200
+# steps between two looks at the loss: each waits for the GPU
+_SAY_EVERY = 8
 # steps between two saves of the training state; with codes it is 12 bytes a weight
 _SAVE_EVERY, _SAVE_CODES_EVERY = 16, 128
 # how much of what was learned is tried on held-out windows: the less there is to gain, the sooner training goes too far
@@ -87,14 +92,17 @@ def tune(
         before = student.loss(*held)
         factors.values.copy_(reached)
         if codes is not None:
-            student = Student(base, artifact, factors, codes)
+            fast = options.steps - factors.step >= _COMPILED_FROM and can_compile(base.device)
+            student = Student(base, artifact, factors, codes, fast=fast)
+        windows = windows.to(base.device)
         for step in range(factors.step, options.steps):
             chosen, share = _batch(training, batch, step, options.seed), _schedule(step, options.steps)
             if codes is not None:
                 codes.begin(step + 1, options.codes * share)
-            found = student.gradients(windows[chosen], teacher.states[chosen.to(teacher.states.device)])
+            found = student.gradients(windows[chosen.to(base.device)], teacher.states[chosen.to(teacher.states.device)])
             factors.descend(options.rate * share)
-            progress.note(f"KL {found:.4f}")
+            if step % _SAY_EVERY == 0:
+                progress.note(f"KL {found.item():.4f}")
             progress.advance()
             if factors.step % (_SAVE_EVERY if codes is None else _SAVE_CODES_EVERY) == 0:
                 factors.save({} if codes is None else codes.state())
