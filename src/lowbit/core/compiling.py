@@ -61,7 +61,7 @@ class Recorded:
 
     def _beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """On a stream of its own, as recording will be: the backward pass remembers where it first ran."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = self._function(*inputs)
