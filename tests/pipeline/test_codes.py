@@ -99,6 +99,43 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
                 assert own.norm() == pytest.approx(expected.norm().item(), rel=0.05)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path) -> None:
+    lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, **RECIPE)
+    device = torch.device("cuda")
+    base = StreamedModel(open_checkpoint(tiny_llama), device, torch.float16)
+    stored = ArtifactCheckpoint(open_checkpoint(tmp_path / "start"))
+    artifact = StreamedModel(stored, device, torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 512, (4, 64), generator=generator).to(device) for _ in range(8)]
+    teacher = torch.randn(4, 64, 64, generator=generator).half().to(device)
+    losses: dict[bool, list[float]] = {}
+    places: dict[bool, torch.Tensor] = {}
+    for fast in (False, True):
+        factors = Factors(artifact, {}, tmp_path / "state", device)
+        starts = [
+            {
+                name: Start(weight, EvenGrid.of_tensor(stored.qtensor(f"{base.block_path(i)}.{name[:-7]}")).to(device))
+                for name, weight in base.read_block(i).items()
+                if weight.dim() == 2
+            }
+            for i in range(len(base.blocks))
+        ]
+        codes = Codes(starts, tmp_path / "state", transposed=False)
+        with base.outside(torch.float32), artifact.outside(torch.float32):
+            student = Student(base, artifact, factors, codes, fast=fast)
+            losses[fast] = []
+            for step, windows in enumerate(batches, start=1):
+                codes.begin(step, 0.01)
+                losses[fast].append(student.gradients(windows, teacher).item())
+                factors.descend(1e-3)
+        places[fast] = torch.cat(
+            [one.detach().flatten() for i in range(len(base.blocks)) for one in codes.positions(i)]
+        )
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert (places[True] - places[False]).abs().mean() < 1e-3
+
+
 def test_trained_codes_lower_the_divergence_and_scales_alone_do_less(tiny_llama: Path, tmp_path: Path) -> None:
     found = {}
     for codes in (0.0, TUNE["codes"]):
