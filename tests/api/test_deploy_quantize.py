@@ -34,7 +34,7 @@ def test_training_codes_has_room_for_its_state(llama_70b: Path, tmp_path: Path) 
         specs.append(
             quantize_spec(llama_70b, QuantizeWish(methods=(), recipe=tmp_path / "recipe.yaml", claim="models"))
         )
-    states = 1500 * each.calibration.seq_len * 8192 * 2
+    states = each.tune.self_samples * each.calibration.seq_len * 8192 * 2
     assert specs[1].output_bytes - specs[0].output_bytes == pytest.approx(13 * weights + states, rel=1e-4)
 
 
