@@ -49,6 +49,19 @@ class Recorded(Codes):
         self.gradients = {**getattr(self, "gradients", {}), index: list(gradients)}
 
 
+def starts_of(base: StreamedModel, artifact: ArtifactCheckpoint) -> list[dict[str, Start]]:
+    """Every layer of integers beside the base's weight, by block."""
+
+    def grid(index: int, name: str) -> EvenGrid:
+        path = f"{base.block_path(index)}.{name.removesuffix('.weight')}"
+        return EvenGrid.of_tensor(artifact.qtensor(path)).to(base.device)
+
+    return [
+        {name: Start(weight, grid(index, name)) for name, weight in base.read_block(index).items() if weight.dim() == 2}
+        for index in range(len(base.blocks))
+    ]
+
+
 def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -> None:
     """A position's gradient is its weight's, through all of transformers' model at once, times the scale."""
     from transformers import AutoModelForCausalLM
@@ -59,14 +72,7 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
     stored = ArtifactCheckpoint(open_checkpoint(tmp_path / "start"))
     artifact = StreamedModel(stored, device, torch.float32)
     factors = Factors(artifact, {}, tmp_path / "state", device)
-    starts = [
-        {
-            name: Start(weight, EvenGrid.of_tensor(stored.qtensor(f"{base.block_path(i)}.{name[:-7]}")))
-            for name, weight in base.read_block(i).items()
-            if weight.dim() == 2
-        }
-        for i in range(len(base.blocks))
-    ]
+    starts = starts_of(base, stored)
     codes = Recorded(starts, tmp_path / "state", transposed=False)
     windows = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -113,15 +119,7 @@ def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path) -> 
     places: dict[bool, torch.Tensor] = {}
     for fast in (False, True):
         factors = Factors(artifact, {}, tmp_path / "state", device)
-        starts = [
-            {
-                name: Start(weight, EvenGrid.of_tensor(stored.qtensor(f"{base.block_path(i)}.{name[:-7]}")).to(device))
-                for name, weight in base.read_block(i).items()
-                if weight.dim() == 2
-            }
-            for i in range(len(base.blocks))
-        ]
-        codes = Codes(starts, tmp_path / "state", transposed=False)
+        codes = Codes(starts_of(base, stored), tmp_path / "state", transposed=False)
         with base.outside(torch.float32), artifact.outside(torch.float32):
             student = Student(base, artifact, factors, codes, fast=fast)
             losses[fast] = []
