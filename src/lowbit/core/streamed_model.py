@@ -23,6 +23,9 @@ from lowbit.core.norms import fuse_norms
 from lowbit.core.resident import give_back
 from lowbit.core.skeleton import build_skeleton
 
+# what a block is called with beside the states: (positional, by name)
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class StreamedModel:
     """Embedding, blocks and head of a checkpoint, each loaded for as long as it is used.
@@ -45,7 +48,7 @@ class StreamedModel:
         self.blocks: nn.ModuleList = self.skeleton.get_submodule(self.architecture.blocks)
         self.architecture = take_experts_apart(model_type, self.architecture, self.blocks)
         self._stored = _stored_names(self.skeleton, checkpoint)
-        self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._arguments: dict[tuple[int, ...], list[BlockArguments]] = {}
 
     def block_path(self, index: int) -> str:
         """Module path of a block, such as "model.layers.7"."""
@@ -144,7 +147,7 @@ class StreamedModel:
         """Hidden states [batch, tokens, hidden] through one filled block, or through it with other `weights`."""
         return run_module(block, weights, hidden, *self.arguments(index, hidden))
 
-    def arguments(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, index: int, hidden: Tensor) -> BlockArguments:
         """What a block is called with beside states of this shape; known after `embed` of ids of this shape."""
         return self._arguments[tuple(hidden.shape[:2])][index]
 

@@ -52,8 +52,9 @@ class Codes:
         self.kept = True
         self._groups = [_together(block) for block in blocks]
         self._moments = [[_zeros_of(group.codes.position) for group in groups] for groups in self._groups]
-        self._scalars: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
-        self._on_device: Tensor | None = None
+        # what changes from step to step, in one place of the device's memory: recorded kernels read it there
+        places = (group.codes.position for groups in self._groups for group in groups)
+        self._scalars = torch.zeros(2, device=next(places, torch.empty(0)).device)
         self._follow = follow_
         if file.exists():
             self._load(file)
@@ -77,16 +78,11 @@ class Codes:
 
     def begin(self, step: int, rate: float) -> None:
         """What the next `descend` of every block does: step number `step`, from 1, of at most `rate` grid steps."""
-        self._scalars = adam_scalars(step, rate, _FORGET)
-        if self._on_device is not None:
-            self._on_device.copy_(torch.tensor(self._scalars))
-            self._scalars = self._on_device[0], self._on_device[1]
+        self._scalars.copy_(torch.tensor(adam_scalars(step, rate, _FORGET)))
 
     def compile(self) -> None:
-        """Take one kernel for a step of a matrix, on a GPU, with what changes from step to step in one place of its memory."""
+        """Take one kernel for a step of a matrix, on a GPU."""
         self._follow = compiled(follow_)
-        places = (group.codes.position for groups in self._groups for group in groups)
-        self._on_device = torch.zeros(2, device=next(places).device)
 
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:

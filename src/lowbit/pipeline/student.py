@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowbit.core.compiling import Recorded, compiled
 from lowbit.core.hardware import free_memory_on
-from lowbit.core.streamed_model import StreamedModel, run_module
+from lowbit.core.streamed_model import BlockArguments, StreamedModel, run_module
 from lowbit.core.training import mixed_precision
 from lowbit.pipeline.codes import Codes
 from lowbit.pipeline.factors import Factors
@@ -23,8 +24,8 @@ _LOGITS_BYTES, _LOGITS_TOKENS = 2**30, 1024
 class Student:
     """The artifact under its factors and, when codes are given, with those instead of the ones it has stored.
 
-    fast: compile what every step does and record it as one CUDA graph, for many steps of one shape on a GPU: launching the
-    thousands of kernels of a step takes three times as long as they do.
+    fast: compile what every step does and record the way forward and back as CUDA graphs, for many steps of one shape on a GPU:
+    launching the thousands of kernels of a step takes three times as long as they do.
     """
 
     def __init__(
@@ -42,8 +43,7 @@ class Student:
         self._run_module = compiled(run_module) if fast else run_module
         self._divergence_of = compiled(_divergence) if fast else _divergence
         self._stand_ins: dict[int, nn.Module] = {}
-        # what blocks are called with, by shape of the windows: always the same tensors, as recorded kernels have to find them
-        self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._held: list[BlockArguments] = []
         self._forward: Callable[..., tuple[Tensor, ...]] = Recorded(self._through) if fast else self._through
         self._backward: Callable[..., tuple[Tensor, ...]] = Recorded(self._back) if fast else self._back
         if fast and codes is not None:
@@ -72,12 +72,20 @@ class Student:
     def _embedded(self, windows: Tensor) -> Tensor:
         with mixed_precision(self.artifact.device):
             hidden = self.artifact.embed(windows).float()
-        shape = tuple(windows.shape)
-        if shape not in self._arguments:
-            self._arguments[shape] = [
-                self.artifact.arguments(index, hidden) for index in range(len(self.artifact.blocks))
-            ]
+        if self.fast:
+            self._hold([self.artifact.arguments(index, hidden) for index in range(len(self.artifact.blocks))])
         return hidden
+
+    def _hold(self, arguments: list[BlockArguments]) -> None:
+        """Put what blocks are called with where it was for the first windows: recorded kernels look for it there. All windows
+        of a pass have one shape."""
+        if not self._held:
+            places: dict[int, Any] = {}  # blocks share masks and position embeddings
+            self._held = tree_map_only(Tensor, lambda one: places.setdefault(id(one), one.clone()), arguments)
+        pairs = zip(tree_leaves(self._held), tree_leaves(arguments), strict=True)
+        tensors = {id(place): (place, value) for place, value in pairs if isinstance(place, Tensor)}
+        for place, value in tensors.values():
+            place.copy_(value)
 
     @torch.no_grad()
     def _through(self, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +121,7 @@ class Student:
         if self.codes:
             weights |= self.codes.weights(index)
         changed = {name: self.factors.apply(index, name, weight, factors) for name, weight in weights.items()}
-        args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
+        args, kwargs = self._held[index] if self.fast else self.artifact.arguments(index, hidden)
         with mixed_precision(hidden.device):
             if self.fast and index not in self._stand_ins:
                 self._stand_ins[index] = self._stand_in(index, changed, hidden, args, kwargs)

@@ -29,7 +29,7 @@ from lowbit.pipeline.student import Student
 _WARM_UP = 5
 # compiling takes as long as a hundred steps or two
 _COMPILED_FROM = 200
-# steps between two looks at the loss: each waits for the GPU
+# steps between two looks at the loss on a GPU: each waits for it
 _SAY_EVERY = 8
 # steps between two saves of the training state; with codes it is 12 bytes a weight
 _SAVE_EVERY, _SAVE_CODES_EVERY = 16, 128
@@ -92,16 +92,18 @@ def tune(
         before = student.loss(*held)
         factors.values.copy_(reached)
         if codes is not None:
-            fast = options.steps - factors.step >= _COMPILED_FROM and can_compile(base.device)
+            # a continued run does as the whole one, however few steps are left: compiled sums are rounded otherwise
+            fast = options.steps >= _COMPILED_FROM and can_compile(base.device)
             student = Student(base, artifact, factors, codes, fast=fast)
         windows = windows.to(base.device)
+        say_every = _SAY_EVERY if base.device.type == "cuda" else 1
         for step in range(factors.step, options.steps):
             chosen, share = _batch(training, batch, step, options.seed), _schedule(step, options.steps)
             if codes is not None:
                 codes.begin(step + 1, options.codes * share)
             found = student.gradients(windows[chosen.to(base.device)], teacher.states[chosen.to(teacher.states.device)])
             factors.descend(options.rate * share)
-            if step % _SAY_EVERY == 0:
+            if step % say_every == 0:
                 progress.note(f"KL {found.item():.4f}")
             progress.advance()
             if factors.step % (_SAVE_EVERY if codes is None else _SAVE_CODES_EVERY) == 0:
