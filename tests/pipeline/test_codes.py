@@ -10,9 +10,11 @@ import torch
 
 import lowbit
 from lowbit.api.effort import with_trained_codes
+from lowbit.api.last_pass import last_pass_windows
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
+from lowbit.core.progress import Silent
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats.reader import ArtifactCheckpoint
@@ -21,7 +23,7 @@ from lowbit.methods.kquants import CODECS
 from lowbit.pipeline.codes import Codes, Start, check_memory
 from lowbit.pipeline.factors import Factors
 from lowbit.pipeline.student import Student
-from lowbit.recipe import preset
+from lowbit.recipe import Recipe, preset
 from tests.interrupted import StopAt
 
 RECIPE: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 32, "dataset": "pydoc", "seq_len": 64}
@@ -253,6 +255,20 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_llama: Path) 
     model.blocks[0].register_parameter("huge", torch.nn.Parameter(torch.empty(2**40, device="meta")))
     with pytest.raises(RecipeError, match=r"16384\.\d GiB .* free"):
         check_memory(model)
+
+
+def test_the_model_goes_on_from_the_text_of_the_calibration_and_from_nothing_else(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = preset("gptq").updated(dataset="pydoc+self", num_samples=4, seq_len=64)
+    recipe = Recipe.parse({**recipe.model_dump(), "tune": {"steps": 1, "self_samples": 6}})
+    text, own = torch.arange(128).view(2, 64), torch.full((2, 64), 400)
+    device = torch.device("cpu")
+    windows = last_pass_windows(open_checkpoint(tiny_llama), recipe, torch.cat([text, own]), device, tmp_path, Silent())
+    assert windows.shape == (10, 64)
+    assert torch.equal(windows[:4], torch.cat([text, own]))
+    for window in windows[7:]:
+        assert torch.equal(window[:16], window[0] + torch.arange(16))
 
 
 def test_the_flag_is_plain_fields_of_the_recipe() -> None:

@@ -21,7 +21,8 @@ VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
 def calibration_windows(
     checkpoint: Checkpoint, wanted: Calibration, device: torch.device, work: Path, progress: Progress
 ) -> Tensor:
-    """[num_samples, seq_len] int64. What the model has to write itself ("self") is kept in `work` for a continued run.
+    """[num_samples, seq_len] int64, text first. What the model has to write itself ("self") is kept in `work` for a
+    continued run.
 
     checkpoint: read as dense weights. Raises RecipeError for windows longer than the model's positions, CalibrationError
     for too little text.
@@ -32,9 +33,7 @@ def calibration_windows(
             f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
             hint=f"--seq-len {longest}",
         )
-    parts = wanted.dataset.split("+")
-    texts = [part for part in parts if part != "self"]
-    sampled = round(wanted.num_samples * (len(parts) - len(texts)) / len(parts))
+    texts, sampled = [part for part in wanted.dataset.split("+") if part != "self"], sampled_windows(wanted)
     windows = []
     if texts:
         tokenizer, count = load_tokenizer(checkpoint), wanted.num_samples - sampled
@@ -42,6 +41,12 @@ def calibration_windows(
     if sampled:
         windows.append(kept_samples(work, checkpoint, device, sampled, wanted.seq_len, wanted.seed, progress))
     return torch.cat(windows)
+
+
+def sampled_windows(wanted: Calibration) -> int:
+    """How many of the windows the model writes itself: the last ones."""
+    parts = wanted.dataset.split("+")
+    return round(wanted.num_samples * parts.count("self") / len(parts))
 
 
 def held_out_windows(checkpoint: Checkpoint, seen: Calibration) -> Tensor:

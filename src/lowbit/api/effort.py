@@ -23,7 +23,7 @@ _TUNE_STEPS = 64
 _GGUF_RATE = 1e-3
 _LEARN_STEPS = LearnOptions.steps
 # of training codes: many small steps on much text (pipeline/codes.py)
-_CODES = {"steps": 1500, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 2000}
+_CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
 # what learned rounding can start from: integer grids whose codes calibration chooses
 _LEARNABLE = ("rtn", "gptq", "autoround")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.api.calibration import sampled_windows
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import RecipeError
 from lowbit.core.progress import Progress
@@ -26,12 +27,15 @@ def last_pass_options(recipe: Recipe) -> TuneOptions:
 def last_pass_windows(
     checkpoint: Checkpoint, recipe: Recipe, windows: Tensor, device: torch.device, work: Path, progress: Progress
 ) -> Tensor:
-    """The calibration's windows, and those that the model writes for this pass alone, [samples, seq_len] int64; the latter
-    are kept in `work` for a continued run. Raises CalibrationError when the model does not fit in memory for that."""
+    """The calibration's windows, and those that the model writes for this pass alone, [samples, seq_len] int64: half of its
+    documents go on from passages of the calibration's text. They are kept in `work` for a continued run. Raises
+    CalibrationError when the model does not fit in memory for that."""
     text, own = recipe.calibration, recipe.tune.self_samples
     if not own:
         return windows
-    more = kept_samples(work, checkpoint, device, own, text.seq_len, text.seed + 1, progress, "tuning")
+    count = len(windows) - sampled_windows(text)
+    begun = windows[:count] if count else None
+    more = kept_samples(work, checkpoint, device, own, text.seq_len, text.seed + 1, progress, "tuning", begun)
     return torch.cat([windows, more])
 
 

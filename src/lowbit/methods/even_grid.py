@@ -19,7 +19,7 @@ from lowbit.methods.learned_blocks import BlockMatrix
 
 # how far into a code's cell, from its middle, a weight may start. Second-order methods choose many codes that are not the
 # nearest: those weights start here, and must travel a while, not one step of noise, before they are given up
-_CELL = 0.49
+_CELL = 0.48
 
 
 @dataclass(frozen=True)

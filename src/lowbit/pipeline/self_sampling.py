@@ -36,6 +36,7 @@ def kept_samples(
     seed: int,
     progress: Progress,
     purpose: Literal["calibration", "tuning"] = "calibration",
+    begun: Tensor | None = None,
 ) -> Tensor:
     """`sample_windows`, written into a directory, or read from there when an earlier run sampled them already."""
     file = directory / _FILES[purpose]
@@ -43,7 +44,7 @@ def kept_samples(
         windows = load_file(file)["windows"]
         if windows.shape == (count, length):
             return windows
-    windows = sample_windows(checkpoint, device, count, length, seed, progress)
+    windows = sample_windows(checkpoint, device, count, length, seed, progress, begun)
     save_tensors(file, {"windows": windows})
     return windows
 
@@ -55,12 +56,19 @@ def remove_samples(directory: Path) -> None:
 
 
 def sample_windows(
-    checkpoint: Checkpoint, device: torch.device, count: int, length: int, seed: int, progress: Progress
+    checkpoint: Checkpoint,
+    device: torch.device,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    begun: Tensor | None = None,
 ) -> Tensor:
     """[count, length] int64: documents of up to 256 tokens sampled at temperature 1, each begun with a random token of
     the vocabulary, packed one after the other.
 
-    Raises CalibrationError when the model does not fit in memory.
+    begun: [windows, tokens] int64 of a text; half of the documents then go on from a passage of it, a quarter as long as
+    they are. Raises CalibrationError when the model does not fit in memory.
     """
     stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
     model = StreamedModel(checkpoint, device, calibration_dtype(device, stored))
@@ -68,18 +76,22 @@ def sample_windows(
     total = -(-count * length // document)
     batch = min(total, _check_memory(model, device, document))
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(checkpoint.config["vocab_size"])
-    progress.start("sample", -(-total // batch))
+    going_on = 0 if begun is None else total // 2
+    starts = [torch.randint(0, int(checkpoint.config["vocab_size"]), (total - going_on, 1), generator=generator)]
+    if begun is not None and going_on:
+        starts.append(_passages(begun, going_on, max(1, document // 4), generator))
+    batches = [part for start in starts for part in start.split(batch)]
+    progress.start("sample", len(batches))
     with torch.random.fork_rng(), model.whole() as network:
         torch.manual_seed(seed)
         documents = []
-        for start in range(0, total, batch):
-            first = torch.randint(0, vocabulary, (min(batch, total - start), 1), generator=generator).to(device)
+        for first in batches:
+            first = first.to(device)
             ids = network.generate(  # type: ignore[operator]  # transformers' mixin, declared without self's type
                 first,
                 attention_mask=torch.ones_like(first),
-                min_new_tokens=document - 1,
-                max_new_tokens=document - 1,
+                min_new_tokens=document - first.shape[1],
+                max_new_tokens=document - first.shape[1],
                 do_sample=True,
                 top_k=0,
                 pad_token_id=0,
@@ -87,6 +99,15 @@ def sample_windows(
             documents.append(ids.cpu())
             progress.advance()
     return torch.cat(documents).flatten()[: count * length].view(count, length)
+
+
+def _passages(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """[count, length]: passages from anywhere in [windows, tokens] of text."""
+    windows, tokens = text.shape
+    length = min(length, tokens)
+    which = torch.randint(0, windows, (count, 1), generator=generator)
+    where = torch.randint(0, tokens - length + 1, (count, 1), generator=generator)
+    return text[which, where + torch.arange(length)]
 
 
 def _check_memory(model: StreamedModel, device: torch.device, document: int) -> int:
