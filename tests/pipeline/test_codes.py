@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.api.effort import with_trained_codes
+from lowbit.api.effort import resolved, with_trained_codes
 from lowbit.api.last_pass import last_pass_windows
+from lowbit.api.quantize import recipe_for
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
@@ -276,3 +277,33 @@ def test_the_flag_is_plain_fields_of_the_recipe() -> None:
     assert tune.codes > 0
     assert tune.steps > 100
     assert tune.self_samples > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "effort", "asked", "gpu_bytes", "trains"),
+    [
+        ("q4_k_m", "best", None, 2**40, True),
+        ("q4_k_m", "best", None, 2**20, False),
+        ("q4_k_m", "best", None, 0, False),
+        ("q4_k_m", "best", False, 2**40, False),
+        ("q4_k_m", "best", True, 0, True),
+        ("q4_k_m", "balanced", None, 2**40, False),
+        ("iq4_nl", "best", None, 2**40, False),
+        ("gptq", "best", None, 2**40, False),
+    ],
+)
+def test_best_trains_the_codes_of_k_quants_where_a_gpu_has_room(
+    wide_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    effort: str,
+    asked: bool | None,
+    gpu_bytes: int,
+    trains: bool,
+) -> None:
+    # there may be no GPU here: its name and its size stand in for it
+    monkeypatch.setattr("lowbit.api.effort.pick_device", lambda _: torch.device("cuda" if gpu_bytes else "cpu"))
+    monkeypatch.setattr("lowbit.api.effort.memory_of", lambda _: gpu_bytes)
+    recipe = resolved(recipe_for(method).updated(dataset="pydoc"), effort, asked, wide_llama, "auto")
+    assert (recipe.tune.codes > 0) == trains
+    assert (recipe.tune.steps > 0) == (effort == "best")

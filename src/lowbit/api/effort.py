@@ -2,18 +2,26 @@
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
 is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
-trains scales and norms end to end. Whether that pass trains codes too is asked for apart: it takes a GPU and minutes.
-docs/accuracy.md has the time and divergence of each.
+trains scales and norms end to end; of a k-quant codes too, where a GPU has room for them. docs/accuracy.md has the time and
+divergence of each.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lowbit.api.gguf_options import NO_TEXT
+from lowbit.api.last_pass import has_even_codes_of
+from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
 from lowbit.core.ggml_types import file_type, ggml_type
+from lowbit.core.hardware import memory_of, pick_device
+from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.learning import LearnOptions
+from lowbit.pipeline.codes import memory_for_codes
 from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
@@ -24,6 +32,8 @@ _GGUF_RATE = 1e-3
 _LEARN_STEPS = LearnOptions.steps
 # of training codes: many small steps on much text (pipeline/codes.py)
 _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
+# share of a GPU's memory that training codes may take: states, logits and one block's graph are there too
+_ROOM = 0.7
 # what learned rounding can start from: integer grids whose codes calibration chooses
 _LEARNABLE = ("rtn", "gptq", "autoround")
 
@@ -49,6 +59,27 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
         **recipe.model_dump(), "method": "autoround", "options": {**options, "refine": 0}, "tune": {"steps": _TUNE_STEPS},
         "calibration": _with_self(recipe.calibration).model_dump(),
     })  # fmt: skip
+
+
+def resolved(
+    recipe: Recipe, effort: str, tune_codes: bool | None, model: str | Path, device: str, revision: str | None = None
+) -> Recipe:
+    """The recipe at another effort. tune_codes: whether the last pass trains codes; None: at "best", of a k-quant that gets
+    its codes from calibration, on a GPU large enough (whatever else is on it now: the same command has to give the same).
+
+    Raises RecipeError as `with_effort` does, and whatever opening the model raises.
+    """
+    found = with_effort(recipe, effort)
+    if tune_codes is None:
+        tune_codes = effort == "best" and _trains_codes(found, model, pick_device(device), revision)
+    return with_trained_codes(found) if tune_codes else found
+
+
+def _trains_codes(recipe: Recipe, model: str | Path, device: torch.device, revision: str | None) -> bool:
+    if device.type != "cuda" or recipe.format != "gguf" or not has_even_codes_of(recipe.method):
+        return False
+    shapes = StreamedModel(open_checkpoint(model, revision=revision), torch.device("cpu"), torch.bfloat16)
+    return memory_for_codes(shapes) < _ROOM * memory_of(device)
 
 
 def with_trained_codes(recipe: Recipe) -> Recipe:

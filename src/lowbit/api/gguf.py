@@ -19,14 +19,13 @@ from lowbit.api.gguf_conversion import converting, drop_converted
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
 from lowbit.api.gguf_source import opened
-from lowbit.api.last_pass import check_last_pass, last_pass_options, last_pass_windows
+from lowbit.api.last_pass import check_last_pass, has_even_codes_of, last_pass_options, last_pass_windows
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.gguf import GgufCheckpoint
 from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import OutputError, RecipeError
-from lowbit.core.ggml_types import file_type
 from lowbit.core.hardware import calibration_dtype, free_memory_on, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
@@ -78,8 +77,7 @@ class _GgufRun:
         # a GGUF input that is only to be encoded need not be of a family that transformers knows
         self._checkpoint = None if self.from_gguf else open_checkpoint(model, revision=settings.revision)
         if recipe.tune.codes:  # without it a file need not be of a family that transformers knows
-            codec = CODECS.get(file_type(recipe.method).default_type)
-            check_last_pass(recipe, self._model(), has_codes=codec is not None and codec.uniform)
+            check_last_pass(recipe, self._model(), has_codes=has_even_codes_of(recipe.method))
         taken = [output.with_name(name) for name in companion_names(output.name) if output.with_name(name).exists()]
         if taken:
             raise OutputError(f"{taken[0]} exists already", hint="choose another -o, or remove it first")

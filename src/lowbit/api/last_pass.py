@@ -10,8 +10,10 @@ from torch import Tensor
 from lowbit.api.calibration import sampled_windows
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import RecipeError
+from lowbit.core.ggml_types import file_type
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.kquants import CODECS
 from lowbit.pipeline.codes import check_memory
 from lowbit.pipeline.self_sampling import kept_samples
 from lowbit.pipeline.tune import TuneOptions
@@ -39,6 +41,12 @@ def last_pass_windows(
     return torch.cat([windows, more])
 
 
+def has_even_codes_of(file_type_name: str) -> bool:
+    """Whether the tensors of a GGUF file type have codes of even steps for the most part."""
+    codec = CODECS.get(file_type(file_type_name).default_type)
+    return codec is not None and codec.uniform
+
+
 def check_last_pass(recipe: Recipe, model: StreamedModel, *, has_codes: bool) -> None:
     """Raises RecipeError for a last pass that cannot be. has_codes: whether any layer gets codes of even steps."""
     if not recipe.tune.steps or not recipe.tune.codes:
@@ -46,11 +54,11 @@ def check_last_pass(recipe: Recipe, model: StreamedModel, *, has_codes: bool) ->
     if not has_codes:
         raise RecipeError(
             f"codes are trained on grids of even steps, and {recipe.method} has none",
-            hint="an integer method (gptq, rtn, autoround) or a k-quant such as q4_k_m, or no --tune-codes",
+            hint="an integer method (gptq, rtn, autoround) or a k-quant such as q4_k_m, or --no-tune-codes",
         )
     if recipe.transforms:
         raise RecipeError(
             f"codes are trained beside the checkpoint's weights, which {', '.join(recipe.transforms)} changes",
-            hint="a method without transforms (gptq, rtn, q4_k_m), or no --tune-codes",
+            hint="a method without transforms (gptq, rtn, q4_k_m), or --no-tune-codes",
         )
     check_memory(model)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.api.calibration import calibration_windows, held_out_windows
-from lowbit.api.effort import with_effort, with_trained_codes
+from lowbit.api.effort import resolved
 from lowbit.api.last_pass import check_last_pass, last_pass_options, last_pass_windows
 from lowbit.api.run import Result, Settings, run_cost
 from lowbit.api.work_directory import check_place, work_directory
@@ -55,7 +55,7 @@ def quantize(
     recipe: Recipe | None = None,
     method: str = "gptq",
     effort: str = "balanced",
-    tune_codes: bool = False,
+    tune_codes: bool | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
     **changes: Any,
@@ -63,17 +63,18 @@ def quantize(
     """Quantize a checkpoint into `output`.
 
     recipe: a whole recipe; else the preset or method `method`. effort: "fast", "balanced" or "best" (lowbit.api.effort),
-    applied to it. tune_codes: train codes in the last pass. changes: recipe fields by name (bits=4, group_size=64,
-    dataset="pydoc", num_samples=64, tune_steps=64, ...). Raises LowbitError subclasses; nothing half-written is left at
-    `output`.
+    applied to it. tune_codes: train codes in the last pass; None: as the effort has it. changes: recipe fields by name
+    (bits=4, group_size=64, dataset="pydoc", num_samples=64, tune_steps=64, ...). Raises LowbitError subclasses; nothing
+    half-written is left at `output`.
 
     Under torchrun every process calls this; they share the work, the leader writes and verifies, and only its result is
     complete (the others' has neither checksums nor verification, and is given before the artifact is finished).
     """
     settings, progress = settings or Settings(), progress or Silent()
     steps = changes.pop("tune_steps", None)
-    recipe = with_effort((recipe or recipe_for(method)).updated(**changes), effort)
-    recipe = (with_trained_codes(recipe) if tune_codes else recipe).updated(tune_steps=steps)
+    recipe = (recipe or recipe_for(method)).updated(**changes)
+    codes = False if tune_codes is None and steps is not None else tune_codes
+    recipe = resolved(recipe, effort, codes, model, settings.device, settings.revision).updated(tune_steps=steps)
     if recipe.format == "gguf":
         refuse_several_processes("GGUF files are made")
         from lowbit.api.gguf import quantize_gguf

@@ -35,7 +35,7 @@ def fit(
     effort: Annotated[
         str, typer.Option(help="Of what is then written: fast, balanced, or best (trained rounding, a last pass).")
     ] = "balanced",
-    tune_codes: Annotated[bool, typer.Option("--tune-codes", help="As in lowbit quantize: train codes too.")] = False,
+    tune_codes: Annotated[bool | None, typer.Option(help="As in lowbit quantize: train codes too.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the recipe here.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.gguf|DIR", help="Then quantize with it, and measure.")
@@ -56,7 +56,7 @@ def fit(
 
     lowbit fit ./model --format compressed-tensors --like gptq -o model-mixed
     """
-    from lowbit.api.effort import with_effort, with_trained_codes
+    from lowbit.api.effort import resolved, with_effort
     from lowbit.api.fit import fit as fit_gguf
     from lowbit.api.fit_layers import fit_layers
     from lowbit.api.quantize import quantize, recipe_for
@@ -84,8 +84,7 @@ def fit(
             device=device,
             progress=progress,
         )
-        chosen = with_effort(found.recipe, effort)
-        chosen = with_trained_codes(chosen) if tune_codes else chosen
+        chosen = resolved(found.recipe, effort, tune_codes, model, device)
         if recipe is not None:
             recipe.write_text(chosen.yaml())
         made = None

@@ -63,15 +63,17 @@ def quantize(
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A method's option.")
     ] = None,
     effort: Annotated[
-        str | None, typer.Option(help="fast, balanced, or best: trained rounding and a last pass over all scales.")
-    ] = None,
+        str, typer.Option(help="fast, balanced, or best: trained rounding and a last pass over all scales.")
+    ] = "balanced",
     tune: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Steps of the last pass over scales and norms; 0 for none.")
     ] = None,
     tune_codes: Annotated[
-        bool,
-        typer.Option("--tune-codes", help="Train codes in the last pass too: a GPU, minutes, 16 bytes a weight."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Train codes in the last pass too: a GPU, minutes, 16 bytes a weight; best does for k-quants."
+        ),
+    ] = None,
     refine: Annotated[
         str | None, typer.Option(help="GGUF: hessian (default with a --dataset), imatrix or none.")
     ] = None,
@@ -127,7 +129,7 @@ def quantize(
 
     lowbit quantize ./llama-70b --gpus 4 -o llama-70b-w4
     """
-    from lowbit.api.effort import with_effort, with_trained_codes
+    from lowbit.api.effort import resolved
     from lowbit.api.fallback import quantize_with_fallback
     from lowbit.api.launch import check_gpus, launch, report_failure
     from lowbit.api.quantize import plan
@@ -166,11 +168,8 @@ def quantize(
         ignore=tuple(ignore) if ignore else None,
         options=options or None,
     )
-    if effort is not None:
-        chosen = with_effort(chosen, effort)
-    if tune_codes:
-        chosen = with_trained_codes(chosen)
-    chosen = chosen.updated(tune_steps=tune)
+    codes = False if tune_codes is None and tune is not None else tune_codes
+    chosen = resolved(chosen, effort, codes, model, device, revision).updated(tune_steps=tune)
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": parse_alpha(alpha)})
     settings = Settings(device, parse_bytes(max_memory), revision, not no_verify, max_kl, restart, min_recovery)

@@ -38,6 +38,11 @@ def free_memory_on(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes that a GPU has, used or not."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Begin to watch afresh, so that the peak is that of what comes now (Linux; elsewhere it is the process's)."""
     with contextlib.suppress(OSError):

@@ -142,13 +142,17 @@ def _zeros_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(tensor), torch.zeros_like(tensor)
 
 
+def memory_for_codes(model: StreamedModel) -> int:
+    """Bytes that the codes of all blocks take in training."""
+    return WEIGHT_BYTES * sum(math.prod(parameter.shape) for parameter in model.blocks.parameters())
+
+
 def check_memory(model: StreamedModel) -> None:
     """Raises RecipeError where the codes of all blocks cannot be in training at once."""
-    weights = sum(math.prod(parameter.shape) for parameter in model.blocks.parameters())
-    free, need = free_memory_on(model.device), WEIGHT_BYTES * weights
+    free, need = free_memory_on(model.device), memory_for_codes(model)
     if need > 0.9 * free:
         raise RecipeError(
-            f"training codes takes {need / 2**30:.1f} GiB for {weights / 1e9:.2g} billion weights, and {free / 2**30:.1f} GiB "
-            f"of {model.device.type} memory are free",
-            hint="leave --tune-codes out (scales and norms take little), or choose a device with more memory",
+            f"training codes takes {need / 2**30:.1f} GiB for {need / WEIGHT_BYTES / 1e9:.2g} billion weights, and "
+            f"{free / 2**30:.1f} GiB of {model.device.type} memory are free",
+            hint="--no-tune-codes (scales and norms take little), or a device with more memory",
         )
