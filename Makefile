@@ -27,7 +27,7 @@ demo: venv
 	$(VENV)/bin/lowbit demo --output lowbit-demo
 
 test: venv lint
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: venv
 	$(VENV)/bin/ruff check src tests benchmarks

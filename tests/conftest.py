@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.in_process import Run, in_this_process
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     # tests run side by side (pytest -n): more threads than cores would only wait for each other
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def lowbit_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """lowbit_here("inspect", folder, "--check"): the script in this process, so that libraries are read once for all tests."""
+    return in_this_process(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

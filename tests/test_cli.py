@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from tests.in_process import Run
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -68,14 +69,14 @@ def test_evaluate_finds_the_base_and_prints_json(artifact: Path, tiny_llama: Pat
     assert measured["tokens"] == 126
 
 
-def test_tables(artifact: Path) -> None:
-    markdown = run("compare", artifact, "--markdown").stdout.splitlines()
+def test_tables(lowbit_here: Run, artifact: Path) -> None:
+    markdown = lowbit_here("compare", artifact, "--markdown").stdout.splitlines()
     assert markdown[0].startswith("| method | bits/weight |")
     assert markdown[2].startswith("| gptq 4-bit g64 |")
-    assert "worst layers" in run("inspect", artifact).stdout
+    assert "worst layers" in lowbit_here("inspect", artifact).stdout
 
 
-def test_changed_file_is_noticed(artifact: Path, tmp_path: Path) -> None:
+def test_changed_file_is_noticed(lowbit_here: Run, artifact: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
@@ -83,7 +84,7 @@ def test_changed_file_is_noticed(artifact: Path, tmp_path: Path) -> None:
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    shown = run("inspect", copy, "--check")
+    shown = lowbit_here("inspect", copy, "--check")
     assert shown.returncode == 1
     assert "model.safetensors differ" in shown.stderr
 
@@ -98,8 +99,8 @@ def test_recipe_file_gives_the_same_artifact_as_flags(artifact: Path, tiny_llama
     assert (tmp_path / "again/model.safetensors").read_bytes() == (artifact / "model.safetensors").read_bytes()
 
 
-def test_dry_run_names_every_layer_and_the_exact_size(artifact: Path, tiny_llama: Path) -> None:
-    shown = run("quantize", tiny_llama, "--group-size", "64", "--dry-run", "--json")
+def test_dry_run_names_every_layer_and_the_exact_size(lowbit_here: Run, artifact: Path, tiny_llama: Path) -> None:
+    shown = lowbit_here("quantize", tiny_llama, "--group-size", "64", "--dry-run", "--json")
     plan = json.loads(shown.stdout)
     assert len(plan["layers"]) == 21
     assert 2**29 < plan["predicted_memory"] < 2**32
@@ -109,16 +110,16 @@ def test_dry_run_names_every_layer_and_the_exact_size(artifact: Path, tiny_llama
     assert (artifact / "model.safetensors").stat().st_size == plan["bytes"] + 8 + header
 
 
-def test_dry_run_of_a_gguf_file_says_what_it_takes(tiny_llama: Path) -> None:
+def test_dry_run_of_a_gguf_file_says_what_it_takes(lowbit_here: Run, tiny_llama: Path) -> None:
     text = ["--dataset", "pydoc", "--num-samples", "8", "--seq-len", "64"]
     plain, second = (
-        json.loads(run("quantize", tiny_llama, "--method", "q8_0", *more, "--dry-run", "--json").stdout)
+        json.loads(lowbit_here("quantize", tiny_llama, "--method", "q8_0", *more, "--dry-run", "--json").stdout)
         for more in ([], text)
     )
     assert plain["bytes"] == second["bytes"] > 0
     assert 2**28 < plain["predicted_memory"] < second["predicted_memory"] < 2**32
     assert plain["predicted_seconds"] > 0
-    shown = run("quantize", tiny_llama, "--method", "q8_0", *text, "--dry-run")
+    shown = lowbit_here("quantize", tiny_llama, "--method", "q8_0", *text, "--dry-run")
     assert "would take about" in shown.stdout
 
 
@@ -139,11 +140,11 @@ def test_dry_run_of_a_gguf_file_says_what_it_takes(tiny_llama: Path) -> None:
     ],
 )
 def test_errors_are_one_line_and_a_hint(
-    arguments: list[str], code: int, error: str, hint: str, tiny_llama: Path, tmp_path: Path
+    lowbit_here: Run, arguments: list[str], code: int, error: str, hint: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     given = [str(tiny_llama) if argument == "MODEL" else argument for argument in arguments]
     given = [str(tmp_path / "x") if argument == "x" else argument for argument in given]
-    done = run(*given)
+    done = lowbit_here(*given)
     assert done.returncode == code, done.stderr
     lines = done.stderr.strip().splitlines()
     assert lines[-2].startswith("error: ")

@@ -5,50 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lowbit.cli import main
+from tests.in_process import Run
 from tests.report.runs import write_artifact
 from tests.task_data import write_task_data
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The entry point of the script, in this process: libraries are read once for all tests."""
-
-    def called(*arguments: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
-        if cache is not None:
-            monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), said.out, said.err)
-
-    return called
-
-
-def test_tasks_from_files_then_compare_and_report(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
+def test_tasks_from_files_then_compare_and_report(lowbit_here: Run, tiny_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     data = write_task_data(tmp_path)
-    done = run("evaluate", tiny_llama, "--base", tiny_llama, "--tasks", "hellaswag:4,kl", "--data", data, "--windows", "2",
-               "--context", "32", "-o", tmp_path / "run.json", cache=tmp_path)  # fmt: skip
+    done = lowbit_here("evaluate", tiny_llama, "--base", tiny_llama, "--tasks", "hellaswag:4,kl", "--data", data,
+                       "--windows", "2", "--context", "32", "-o", tmp_path / "run.json", cache=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "hellaswag" in done.stdout
     assert "indistinguishable" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if line.startswith(" ")) <= 80  # the table's
     assert "weights " in done.stdout
-    table = run("compare", tmp_path / "run.json", "--csv")
+    table = lowbit_here("compare", tmp_path / "run.json", "--csv")
     assert list(csv.DictReader(io.StringIO(table.stdout)))[-1]["hellaswag_n"] == "4"
-    page = run("report", tmp_path / "run.json", "-o", tmp_path / "report.html")
+    page = lowbit_here("report", tmp_path / "run.json", "-o", tmp_path / "report.html")
     assert page.stdout.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10**6
 
@@ -62,16 +40,16 @@ def test_tasks_from_files_then_compare_and_report(run: Run, tiny_llama: Path, tm
         (["--runtime", "llamacpp"], 2, "did you mean 'llama.cpp'"),
     ],
 )
-def test_errors(run: Run, arguments: list[str], code: int, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_errors(lowbit_here: Run, arguments: list[str], code: int, said: str, tiny_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    done = run("evaluate", tiny_llama, "--base", tiny_llama, *arguments, cache=tmp_path)
+    done = lowbit_here("evaluate", tiny_llama, "--base", tiny_llama, *arguments, cache=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stderr.strip().splitlines()[-2]
     assert done.stderr.strip().splitlines()[-1].startswith("hint: ")
     assert "Traceback" not in done.stderr
 
 
-def test_not_good_enough_is_exit_code_3(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
+def test_not_good_enough_is_exit_code_3(lowbit_here: Run, tiny_llama: Path, tmp_path: Path) -> None:
     # 8 bits: so good that nothing but the limit can fail
     asked = [
         "quantize",
@@ -86,17 +64,17 @@ def test_not_good_enough_is_exit_code_3(run: Run, tiny_llama: Path, tmp_path: Pa
         tmp_path / "out",
         "-q",
     ]
-    done = run(*asked, "--min-recovery", "200")
+    done = lowbit_here(*asked, "--min-recovery", "200")
     assert done.returncode == 3, done.stderr
     assert "200% was asked for" in done.stderr
     assert not (tmp_path / "out").exists()
-    assert run(*asked, "--no-verify", "--max-kl", "0.1").returncode == 2
+    assert lowbit_here(*asked, "--no-verify", "--max-kl", "0.1").returncode == 2
 
 
-def test_compare_is_sorted_json(run: Run, tmp_path: Path) -> None:
+def test_compare_is_sorted_json(lowbit_here: Run, tmp_path: Path) -> None:
     artifacts = [write_artifact(tmp_path / name, name, 100, kl, 0.4, 9.0) for name, kl in (("rtn", 0.2), ("gptq", 0.1))]
-    rows = json.loads(run("compare", *artifacts, "--json").stdout)
+    rows = json.loads(lowbit_here("compare", *artifacts, "--json").stdout)
     assert [row["kl"] for row in rows] == [0.0, 0.1, 0.2]
-    shown = run("compare", *artifacts).stdout
+    shown = lowbit_here("compare", *artifacts).stdout
     assert "◆" in shown
     assert max(map(len, shown.splitlines())) <= 80

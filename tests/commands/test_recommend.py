@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.gguf_files import write_gguf
+from tests.in_process import Run
 from tests.recommend.models import write_config
 
 
@@ -18,8 +19,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([script, "recommend", *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
-def test_a_table_reasons_and_commands(tmp_path: Path) -> None:
-    done = run(write_config(tmp_path, "llama-2-7b"), "--hardware", "t4")
+def test_a_table_reasons_and_commands(lowbit_here: Run, tmp_path: Path) -> None:
+    done = lowbit_here("recommend", write_config(tmp_path, "llama-2-7b"), "--hardware", "t4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "6.74B parameters" in lines[0]
@@ -44,28 +45,30 @@ def test_json_and_chinese(tmp_path: Path) -> None:
     assert first["next"][0].startswith("lowbit quantize")
 
 
-def test_nothing_that_keeps_the_limits_is_exit_code_3(tmp_path: Path) -> None:
-    done = run(write_config(tmp_path, "llama-2-7b"), "--hardware", "board:4g", "--max-memory", "1GiB")
+def test_nothing_that_keeps_the_limits_is_exit_code_3(lowbit_here: Run, tmp_path: Path) -> None:
+    done = lowbit_here(
+        "recommend", write_config(tmp_path, "llama-2-7b"), "--hardware", "board:4g", "--max-memory", "1GiB"
+    )
     assert done.returncode == 3
     assert "nothing keeps all limits; the nearest" in done.stdout
     assert "q2_k" in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_an_artifact_that_is_quantized_already(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_artifact_that_is_quantized_already(lowbit_here: Run, tiny_llama: Path, tmp_path: Path) -> None:
     from lowbit.api.quantize import quantize
     from lowbit.api.run import Settings
 
     base = write_gguf(tiny_llama, tmp_path / "base.gguf")
     file = quantize(base, output=tmp_path / "small.gguf", method="q8_0", settings=Settings(verify=False)).path
-    answer = json.loads(run(file, "--hardware", "cpu:2c,4g", "--json").stdout)
+    answer = json.loads(lowbit_here("recommend", file, "--hardware", "cpu:2c,4g", "--json").stdout)
     (only,) = answer["recommended"]
     assert only["method"] == "q8_0"
     assert not any("lowbit quantize" in command for command in only["next"])
     folder = quantize(tiny_llama, output=tmp_path / "w8", method="w8a8", settings=Settings(verify=False)).path
-    answer = json.loads(run(folder, "--hardware", "a100", "--json").stdout)
+    answer = json.loads(lowbit_here("recommend", folder, "--hardware", "a100", "--json").stdout)
     assert [only["method"] for only in answer["recommended"]] == ["w8a8"]
-    refused = json.loads(run(folder, "--hardware", "v100", "--json").stdout)
+    refused = json.loads(lowbit_here("recommend", folder, "--hardware", "v100", "--json").stdout)
     assert refused["recommended"] == []
     assert "Turing" in refused["ruled_out"][0]["reason"]
     assert not refused["possible"]
@@ -81,9 +84,11 @@ def test_an_artifact_that_is_quantized_already(tiny_llama: Path, tmp_path: Path)
         (["--max-memory", "lots"], "amount of memory", "2GiB"),
     ],
 )
-def test_errors_are_one_line_and_a_hint(arguments: list[str], error: str, hint: str, tmp_path: Path) -> None:
-    done = run(write_config(tmp_path, "llama-3.2-1b"), *(["--hardware", "t4"] if "--hardware" not in arguments else []),
-               *arguments)  # fmt: skip
+def test_errors_are_one_line_and_a_hint(
+    lowbit_here: Run, arguments: list[str], error: str, hint: str, tmp_path: Path
+) -> None:
+    hardware = [] if "--hardware" in arguments else ["--hardware", "t4"]
+    done = lowbit_here("recommend", write_config(tmp_path, "llama-3.2-1b"), *hardware, *arguments)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert lines[-2].startswith("error: ")
@@ -91,7 +96,7 @@ def test_errors_are_one_line_and_a_hint(arguments: list[str], error: str, hint: 
     assert hint in lines[-1]
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    done = run(tmp_path / "nowhere", "--hardware", "t4")
+def test_a_model_that_is_not_there(lowbit_here: Run, tmp_path: Path) -> None:
+    done = lowbit_here("recommend", tmp_path / "nowhere", "--hardware", "t4")
     assert done.returncode == 1
     assert "does not exist" in done.stderr
