@@ -8,7 +8,8 @@ VENV := .venv
 PIP_FLAGS ?=
 # the release that lowbit is tested with; any from 2.11 on will do
 TORCH ?= torch==2.13.0
-PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+# modules are compiled when they are first imported: most of these never are
+PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
 
 .PHONY: venv demo test lint clean
 
