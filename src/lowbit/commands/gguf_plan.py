@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from lowbit.commands.progress import spoken
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -52,6 +54,6 @@ def print_gguf_plan(model: str, recipe: Recipe, settings: Settings, *, as_json: 
 def print_expected(console: Console, expected: Estimate) -> None:
     """The last line of every --dry-run."""
     console.print(
-        f"quantizing it here would take about {expected.seconds:.0f} s and {expected.memory / 2**30:.1f} GiB of memory, "
+        f"quantizing it here would take about {spoken(expected.seconds)} and {expected.memory / 2**30:.1f} GiB of memory, "
         "verification apart; nothing was done (--dry-run)"
     )

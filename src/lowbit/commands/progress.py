@@ -19,6 +19,14 @@ def listener(*, quiet: bool) -> Bar | Lines | Quiet:
     return Bar() if sys.stderr.isatty() else Lines()
 
 
+def spoken(seconds: float) -> str:
+    """A duration as people say it: 95 s, 12 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 class Quiet:
     """Only warnings."""
 
@@ -52,9 +60,8 @@ class Lines(Quiet):
             self.told = now
             passed = now - self.started
             left = passed / self.done * (self.total - self.done)
-            print(
-                f"{self.what}: {self.done}/{self.total}, {passed:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            said = f"{self.what}: {self.done}/{self.total}, {spoken(passed)}, {spoken(left)} left"
+            print(said, file=sys.stderr, flush=True)
 
 
 class Bar(Quiet):
