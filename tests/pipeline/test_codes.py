@@ -304,6 +304,19 @@ def test_best_trains_the_codes_of_k_quants_where_a_gpu_has_room(
     # there may be no GPU here: its name and its size stand in for it
     monkeypatch.setattr("lowbit.api.effort.pick_device", lambda _: torch.device("cuda" if gpu_bytes else "cpu"))
     monkeypatch.setattr("lowbit.api.effort.memory_of", lambda _: gpu_bytes)
-    recipe = resolved(recipe_for(method).updated(dataset="pydoc"), effort, asked, wide_llama, "auto")
+    recipe = resolved(recipe_for(method).updated(dataset="pydoc"), effort, wide_llama, "auto", tune_codes=asked)
     assert (recipe.tune.codes > 0) == trains
     assert (recipe.tune.steps > 0) == (effort == "best")
+
+
+def test_named_steps_are_of_scales_alone_unless_codes_are_named_too(
+    wide_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as above: a GPU's name and size
+    monkeypatch.setattr("lowbit.api.effort.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("lowbit.api.effort.memory_of", lambda _: 2**40)
+    recipe = recipe_for("q4_k_m").updated(dataset="pydoc")
+    for asked in (None, True):
+        tune = resolved(recipe, "best", wide_llama, "auto", tune_steps=10, tune_codes=asked).tune
+        assert tune.steps == 10
+        assert (tune.codes > 0) == bool(asked)

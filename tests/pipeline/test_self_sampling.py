@@ -6,13 +6,13 @@ import torch
 
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
-from lowbit.pipeline.self_sampling import sample_windows
+from lowbit.pipeline.self_sampling import Sampling, sample_windows
 
 CPU = torch.device("cpu")
 
 
 def sampled(model: Path, begun: torch.Tensor | None = None, seed: int = 3) -> torch.Tensor:
-    return sample_windows(open_checkpoint(model), CPU, 8, 64, seed, Silent(), begun)
+    return sample_windows(Sampling(8, 64, seed, begun), open_checkpoint(model), CPU, Silent())
 
 
 def test_documents_are_sampled_and_the_same_every_time(tiny_llama: Path) -> None:

@@ -12,7 +12,7 @@ from lowbit.core.errors import CalibrationError, RecipeError
 from lowbit.core.progress import Progress
 from lowbit.core.text import first_windows, token_windows
 from lowbit.core.tokenizer import load_tokenizer
-from lowbit.pipeline.self_sampling import kept_samples
+from lowbit.pipeline.self_sampling import Sampling, kept_samples
 from lowbit.recipe import Calibration
 
 VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
@@ -33,13 +33,15 @@ def calibration_windows(
             f"--seq-len {wanted.seq_len} is longer than the {longest} positions this model has",
             hint=f"--seq-len {longest}",
         )
-    texts, sampled = [part for part in wanted.dataset.split("+") if part != "self"], sampled_windows(wanted)
+    texts = [part for part in wanted.dataset.split("+") if part != "self"]
+    sampled = sampled_windows(wanted)
     windows = []
     if texts:
         tokenizer, count = load_tokenizer(checkpoint), wanted.num_samples - sampled
         windows.append(token_windows("+".join(texts), tokenizer, count, wanted.seq_len, wanted.seed))
     if sampled:
-        windows.append(kept_samples(work, checkpoint, device, sampled, wanted.seq_len, wanted.seed, progress))
+        sampling = Sampling(sampled, wanted.seq_len, wanted.seed)
+        windows.append(kept_samples(sampling, work, checkpoint, device, progress))
     return torch.cat(windows)
 
 

@@ -62,17 +62,26 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
 
 
 def resolved(
-    recipe: Recipe, effort: str, tune_codes: bool | None, model: str | Path, device: str, revision: str | None = None
+    recipe: Recipe,
+    effort: str,
+    model: str | Path,
+    device: str,
+    revision: str | None = None,
+    *,
+    tune_steps: int | None = None,
+    tune_codes: bool | None = None,
 ) -> Recipe:
-    """The recipe at another effort. tune_codes: whether the last pass trains codes; None: at "best", of a k-quant that gets
-    its codes from calibration, on a GPU large enough (whatever else is on it now: the same command has to give the same).
+    """The recipe at another effort. tune_steps: of the last pass; None: as the effort has it. tune_codes: whether that pass
+    trains codes; None: at "best", unless its steps are named, those of a k-quant on a GPU large enough (whatever else is on
+    it now: the same command has to give the same).
 
     Raises RecipeError as `with_effort` does, and whatever opening the model raises.
     """
     found = with_effort(recipe, effort)
     if tune_codes is None:
-        tune_codes = effort == "best" and _trains_codes(found, model, pick_device(device), revision)
-    return with_trained_codes(found) if tune_codes else found
+        left_open = effort == "best" and tune_steps is None
+        tune_codes = left_open and _trains_codes(found, model, pick_device(device), revision)
+    return (with_trained_codes(found) if tune_codes else found).updated(tune_steps=tune_steps)
 
 
 def _trains_codes(recipe: Recipe, model: str | Path, device: torch.device, revision: str | None) -> bool:

@@ -15,7 +15,7 @@ from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS
 from lowbit.pipeline.codes import check_memory
-from lowbit.pipeline.self_sampling import kept_samples
+from lowbit.pipeline.self_sampling import Sampling, kept_samples
 from lowbit.pipeline.tune import TuneOptions
 from lowbit.recipe import Recipe
 
@@ -36,9 +36,8 @@ def last_pass_windows(
     if not own:
         return windows
     count = len(windows) - sampled_windows(text)
-    begun = windows[:count] if count else None
-    more = kept_samples(work, checkpoint, device, own, text.seq_len, text.seed + 1, progress, "tuning", begun)
-    return torch.cat([windows, more])
+    sampling = Sampling(own, text.seq_len, text.seed + 1, windows[:count] if count else None)
+    return torch.cat([windows, kept_samples(sampling, work, checkpoint, device, progress, "tuning")])
 
 
 def has_even_codes_of(file_type_name: str) -> bool:

@@ -73,8 +73,8 @@ def quantize(
     settings, progress = settings or Settings(), progress or Silent()
     steps = changes.pop("tune_steps", None)
     recipe = (recipe or recipe_for(method)).updated(**changes)
-    codes = False if tune_codes is None and steps is not None else tune_codes
-    recipe = resolved(recipe, effort, codes, model, settings.device, settings.revision).updated(tune_steps=steps)
+    place = settings.device, settings.revision
+    recipe = resolved(recipe, effort, model, *place, tune_steps=steps, tune_codes=tune_codes)
     if recipe.format == "gguf":
         refuse_several_processes("GGUF files are made")
         from lowbit.api.gguf import quantize_gguf

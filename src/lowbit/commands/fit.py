@@ -84,7 +84,7 @@ def fit(
             device=device,
             progress=progress,
         )
-        chosen = resolved(found.recipe, effort, tune_codes, model, device)
+        chosen = resolved(found.recipe, effort, model, device, tune_codes=tune_codes)
         if recipe is not None:
             recipe.write_text(chosen.yaml())
         made = None

@@ -168,8 +168,7 @@ def quantize(
         ignore=tuple(ignore) if ignore else None,
         options=options or None,
     )
-    codes = False if tune_codes is None and tune is not None else tune_codes
-    chosen = resolved(chosen, effort, codes, model, device, revision).updated(tune_steps=tune)
+    chosen = resolved(chosen, effort, model, device, revision, tune_steps=tune, tune_codes=tune_codes)
     if alpha is not None:
         chosen = chosen.updated(transform_options={"alpha": parse_alpha(alpha)})
     settings = Settings(device, parse_bytes(max_memory), revision, not no_verify, max_kl, restart, min_recovery)

@@ -6,6 +6,7 @@ token needs all blocks; a model that does not fit needs a text.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,24 +28,32 @@ _TOGETHER = 4096
 _FILES = {"calibration": "self-sampled.safetensors", "tuning": "self-sampled-more.safetensors"}
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """count windows of `length` tokens. begun: [windows, tokens] int64 of a text; half of the documents then go on from a
+    passage of it, a quarter as long as they are."""
+
+    count: int
+    length: int
+    seed: int
+    begun: Tensor | None = None
+
+
 def kept_samples(
+    wanted: Sampling,
     directory: Path,
     checkpoint: Checkpoint,
     device: torch.device,
-    count: int,
-    length: int,
-    seed: int,
     progress: Progress,
     purpose: Literal["calibration", "tuning"] = "calibration",
-    begun: Tensor | None = None,
 ) -> Tensor:
     """`sample_windows`, written into a directory, or read from there when an earlier run sampled them already."""
     file = directory / _FILES[purpose]
     if file.exists():
         windows = load_file(file)["windows"]
-        if windows.shape == (count, length):
+        if windows.shape == (wanted.count, wanted.length):
             return windows
-    windows = sample_windows(checkpoint, device, count, length, seed, progress, begun)
+    windows = sample_windows(wanted, checkpoint, device, progress)
     save_tensors(file, {"windows": windows})
     return windows
 
@@ -55,35 +64,22 @@ def remove_samples(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def sample_windows(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    count: int,
-    length: int,
-    seed: int,
-    progress: Progress,
-    begun: Tensor | None = None,
-) -> Tensor:
+def sample_windows(wanted: Sampling, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> Tensor:
     """[count, length] int64: documents of up to 256 tokens sampled at temperature 1, each begun with a random token of
-    the vocabulary, packed one after the other.
+    the vocabulary or a passage, packed one after the other.
 
-    begun: [windows, tokens] int64 of a text; half of the documents then go on from a passage of it, a quarter as long as
-    they are. Raises CalibrationError when the model does not fit in memory.
+    Raises CalibrationError when the model does not fit in memory.
     """
     stored = DTYPES.get(str(checkpoint.config.get("dtype")), torch.bfloat16)
     model = StreamedModel(checkpoint, device, calibration_dtype(device, stored))
-    document = min(_DOCUMENT, length)
-    total = -(-count * length // document)
+    document = min(_DOCUMENT, wanted.length)
+    total = -(-wanted.count * wanted.length // document)
     batch = min(total, _check_memory(model, device, document))
-    generator = torch.Generator().manual_seed(seed)
-    going_on = 0 if begun is None else total // 2
-    starts = [torch.randint(0, int(checkpoint.config["vocab_size"]), (total - going_on, 1), generator=generator)]
-    if begun is not None and going_on:
-        starts.append(_passages(begun, going_on, max(1, document // 4), generator))
+    starts = _starts(wanted, total, document, int(checkpoint.config["vocab_size"]))
     batches = [part for start in starts for part in start.split(batch)]
     progress.start("sample", len(batches))
     with torch.random.fork_rng(), model.whole() as network:
-        torch.manual_seed(seed)
+        torch.manual_seed(wanted.seed)
         documents = []
         for first in batches:
             first = first.to(device)
@@ -98,7 +94,17 @@ def sample_windows(
             )
             documents.append(ids.cpu())
             progress.advance()
-    return torch.cat(documents).flatten()[: count * length].view(count, length)
+    return torch.cat(documents).flatten()[: wanted.count * wanted.length].view(wanted.count, wanted.length)
+
+
+def _starts(wanted: Sampling, documents: int, length: int, vocabulary: int) -> list[Tensor]:
+    """What so many documents of `length` tokens begin with: [n, 1] random tokens, and [m, tokens] passages of a text."""
+    generator = torch.Generator().manual_seed(wanted.seed)
+    going_on = 0 if wanted.begun is None else documents // 2
+    tokens = torch.randint(0, vocabulary, (documents - going_on, 1), generator=generator)
+    if wanted.begun is None or not going_on:
+        return [tokens]
+    return [tokens, _passages(wanted.begun, going_on, max(1, length // 4), generator)]
 
 
 def _passages(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
