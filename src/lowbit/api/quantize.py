@@ -136,6 +136,8 @@ class _Run:
         work = work_directory(output)
         with joined(self.device) as world:
             world.from_leader(lambda: check_place(output, work, restart=self.settings.restart))
+            if self.plan.needs_calibration:
+                self.model.announce()
             windows = world.from_leader(lambda: self._calibration_windows(work))
             if windows is not None and len(windows) < world.size:
                 raise RecipeError(
@@ -154,11 +156,13 @@ class _Run:
                 sequential=self.recipe.sequential,
                 world=world,
             )
+            # taking leave of other processes takes a moment, which no file waits for
+            if isinstance(result, WrittenOutput):
+                tuning = self._tune(windows, result.writer, work)
+                checksums = result.writer.finish()
+            quantized, peak = time.monotonic(), peak_memory_mib(self.device)
         if not isinstance(result, WrittenOutput):
-            return self._follower(output, report, digest, time.monotonic() - started)
-        tuning = self._tune(windows, result.writer, work)
-        checksums = result.writer.finish()
-        quantized, peak = time.monotonic(), peak_memory_mib(self.device)
+            return self._follower(output, report, digest, quantized - started)
         measurement = self._verify(work, report) if self.settings.verify else None
         record = self._record(report, checksums, digest, measurement) | ({"tuning": tuning} if tuning else {})
         write_json(work / "lowbit.json", record)

@@ -7,7 +7,7 @@ its blocks taken out, so no model family needs code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -64,14 +64,36 @@ class StreamedModel:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Weights of one block as stored, on the device, by their names within the block. Raises CheckpointError."""
-        path = self.block_path(index)
-        names = [name for name, _ in self.blocks[index].named_parameters()]
-        weights = {name: self._on_device(f"{path}.{name}") for name in names}
-        self._check_finite({f"{path}.{name}": tensor for name, tensor in weights.items()})
-        if isinstance(self.checkpoint, Prefetching) and index + 1 < len(self.blocks):
-            following = f"{self.block_path(index + 1)}."
-            self.checkpoint.announce(stored for name, stored in self._stored.items() if name.startswith(following))
-        return weights
+        weights = {name: self._on_device(name) for name in self._in_block(index)}
+        self._check_finite(weights)
+        if index + 1 < len(self.blocks):
+            self._announce(self._in_block(index + 1))
+        path = f"{self.block_path(index)}."
+        return {name.removeprefix(path): tensor for name, tensor in weights.items()}
+
+    def announce(self) -> None:
+        """Start to read what a pass over text needs first, on a GPU: what `embed` does, and the first block."""
+        self._announce([*self._outside(head=False), *self._in_block(0)])
+
+    def _announce(self, parameters: Iterable[str]) -> None:
+        if isinstance(self.checkpoint, Prefetching):
+            self.checkpoint.announce(self._stored[name] for name in parameters)
+
+    def _in_block(self, index: int) -> list[str]:
+        return [f"{self.block_path(index)}.{name}" for name, _ in self.blocks[index].named_parameters()]
+
+    def _outside(self, *, head: bool) -> list[str]:
+        """Parameters outside of the blocks; without those of an untied head."""
+        left_out = {id(parameter) for parameter in self.blocks.parameters()}
+        last, first = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
+        if not head and last is not None and last.weight is not first.weight:
+            left_out |= {id(parameter) for parameter in last.parameters()}
+        return [name for name, parameter in self.skeleton.named_parameters() if id(parameter) not in left_out]
+
+    def read_outside(self, name: str) -> Tensor:
+        """A parameter as stored, on the CPU, whatever was announced. Raises CheckpointError."""
+        checkpoint = self.checkpoint.inner if isinstance(self.checkpoint, Prefetching) else self.checkpoint
+        return checkpoint.read(self._stored[name])
 
     @contextmanager
     def block(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -90,17 +112,13 @@ class StreamedModel:
             give_back()
 
     @contextmanager
-    def outside(self, vectors: torch.dtype | None = None) -> Iterator[None]:
+    def outside(self, vectors: torch.dtype | None = None, *, head: bool = True) -> Iterator[None]:
         """Everything but the blocks (embeddings, final norm, head) with its weights, freed at the end.
 
-        vectors: the dtype of norms' weights and biases, where it is another than the computing dtype.
+        vectors: the dtype of norms' weights and biases, where it is another than the computing dtype. head: whether an untied
+        head is needed; `embed` does without.
         """
-        blocks = {id(parameter) for parameter in self.blocks.parameters()}
-        stored = {
-            name: self._on_device(name)
-            for name, parameter in self.skeleton.named_parameters()
-            if id(parameter) not in blocks
-        }
+        stored = {name: self._on_device(name) for name in self._outside(head=head)}
         self._check_finite(stored)
         state = {
             name: tensor.to(vectors or self.dtype if tensor.dim() == 1 else self.dtype)

@@ -6,6 +6,7 @@ in hand and at most one that was still being written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -49,38 +50,47 @@ class WrittenOutput(Output):
         super().__init__(writer.directory, journal.blocks)
         self.writer, self.journal = writer, journal
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="output")
-        self._begun: Future[None] | None = None
+        self._outside: Future[None] | None = None
+        self._block: Future[None] | None = None
         self._download: Download | None = None
 
     def outside(self, tensors: Tensors) -> None:
-        self._begin(list(tensors()), lambda: None)
+        self._outside = self._thread.submit(lambda: self._store(tensors(), None, lambda: None))
 
     def block(self, index: int, tensors: Tensors, report: Mapping[str, Any]) -> None:
         super().block(index, tensors, report)
-        self._begin(list(tensors()), lambda: self.journal.done(index, report))
-
-    def wait(self) -> None:
-        if self._begun is not None:
-            self._begun.result()
-            self._begun = None
-
-    def _begin(self, tensors: list[tuple[str, Tensor]], then: Callable[[], None]) -> None:
-        self.wait()
-        device = next((tensor.device for _, tensor in tensors if tensor.is_cuda), None)
+        # an embedding may take longer to store than the first block to compute: that block is not waited with
+        if self._block is not None:
+            self.wait()
+        encoded = list(tensors())
+        device = next((tensor.device for _, tensor in encoded if tensor.is_cuda), None)
         if device is not None and self._download is None:
             self._download = Download(device)
         made = None if device is None else torch.cuda.current_stream(device).record_event()
-        self._begun = self._thread.submit(self._store, tensors, made, then)
+        done = functools.partial(self.journal.done, index, report)
+        self._block = self._thread.submit(lambda: self._store(_handed_over(encoded), made, done))
+
+    def wait(self) -> None:
+        for begun in (self._outside, self._block):
+            if begun is not None:
+                begun.result()
+        self._outside = self._block = None
 
     def _store(
-        self, tensors: list[tuple[str, Tensor]], made: torch.cuda.Event | None, then: Callable[[], None]
+        self, tensors: Iterator[tuple[str, Tensor]], made: torch.cuda.Event | None, then: Callable[[], None]
     ) -> None:
         for name, tensor in tensors:
             if made is not None and self._download is not None and tensor.is_cuda:
                 self.writer.write(name, self._download.tensor(tensor, made))
             else:
                 self.writer.write(name, tensor)
-        tensors.clear()
         self.writer.sync()
         then()
         self.writer.hash_ahead()
+
+
+def _handed_over(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What is in the list, which gives up each with the next."""
+    tensors.reverse()
+    while tensors:
+        yield tensors.pop()

@@ -194,7 +194,7 @@ def _outside(plan: Plan, model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
     blocks = f"{model.architecture.blocks}."
     for name in plan.layout:
         if not name.startswith(blocks):
-            yield name, model.checkpoint.read(model.stored_name(name)).to(plan.dtype)
+            yield name, model.read_outside(name).to(plan.dtype)
 
 
 def _scale_dtype(plan: Plan, layer: LayerPlan) -> torch.dtype:

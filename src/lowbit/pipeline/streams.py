@@ -34,7 +34,7 @@ def embed(
     share = world.share(len(windows))
     own = windows[share]
     arriving: Activations | None = None
-    with torch.no_grad(), model.outside():
+    with torch.no_grad(), model.outside(head=False):
         for ids in torch.split(own, _batch(windows, streams)):
             hidden = model.embed(ids)
             if arriving is None:

@@ -135,7 +135,7 @@ def last_states(base: StreamedModel, windows: Tensor, states: Activations, progr
     """Fill `states` with the base's hidden states after its last block."""
     progress.start("base", len(base.blocks))
     with torch.no_grad():
-        with base.outside():
+        with base.outside(head=False):
             for where in states.batches():
                 states.put(where, base.embed(windows[where]))
         for index in range(len(base.blocks)):
