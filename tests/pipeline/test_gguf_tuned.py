@@ -90,7 +90,7 @@ def test_best_effort_of_a_k_quant(wide_gguf: Path, tmp_path: Path) -> None:
     options = {"sweeps": 1, "learn_batch": 2}
     made = quantized(wide_gguf, tmp_path / "m.gguf", "q4_k_m", effort="best", num_samples=8, options=options)
     recipe = made.record["recipe"]
-    assert recipe["options"] == {"learn_steps": 100, **options, "refine": "hessian"}
+    assert recipe["options"] == {"learn_steps": 100, "fit_types": True, **options, "refine": "hessian"}
     assert recipe["tune"]["steps"] > 0
     assert recipe["calibration"]["dataset"] == "pydoc+self"
     assert made.record["tuning"]["after"] <= made.record["tuning"]["before"]

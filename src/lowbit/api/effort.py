@@ -2,8 +2,8 @@
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
 is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
-trains scales and norms end to end; of a k-quant codes too, where a GPU has room for them. docs/accuracy.md has the time and
-divergence of each.
+trains scales and norms end to end. A k-quant's tensors get the types that cost the least divergence in a file no larger, and
+where a GPU has room for them all codes are trained. docs/accuracy.md has the time and divergence of each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from lowbit.api.gguf_options import NO_TEXT
+from lowbit.api.gguf_options import NO_TEXT, names_types
 from lowbit.api.last_pass import has_even_codes_of
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
@@ -100,8 +100,11 @@ def _best_gguf(recipe: Recipe) -> Recipe:
     text = recipe.calibration
     if text.dataset == NO_TEXT:
         text = text.model_copy(update={"dataset": Calibration().dataset})
+    # a mixture is chosen for its size; a plain type (Q4_0, IQ4_NL) also for the kernels that it has
+    mixture = "_K" in file_type(recipe.method).name and not names_types(recipe.options)
+    chosen = {"learn_steps": _LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
     return Recipe.parse({
-        **recipe.model_dump(), "options": {"learn_steps": _LEARN_STEPS, **recipe.options, "refine": "hessian"},
+        **recipe.model_dump(), "options": chosen,
         "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text).model_dump(),
     })  # fmt: skip
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.api.fit import GRADIENT_WINDOWS, Fit, priced_rows
+from lowbit.api.fit import Fit
+from lowbit.api.gguf_types import GRADIENT_WINDOWS, priced_rows
 from lowbit.api.quantize import recipe_for
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError

@@ -19,6 +19,7 @@ from lowbit.api.gguf_conversion import converting, drop_converted
 from lowbit.api.gguf_options import NO_TEXT, GgufOptions, gguf_options
 from lowbit.api.gguf_record import companion_names, gguf_record, provenance, write_companions
 from lowbit.api.gguf_source import opened
+from lowbit.api.gguf_types import file_types, fitted_types
 from lowbit.api.last_pass import check_last_pass, has_even_codes_of, last_pass_options, last_pass_windows
 from lowbit.api.run import Result, Settings
 from lowbit.core.checkpoint import open_checkpoint
@@ -36,7 +37,6 @@ from lowbit.evals.verify import check
 from lowbit.formats.gguf import PlannedTensor, copied_pairs, lay_out
 from lowbit.formats.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from lowbit.methods.kquants.codec import CODECS
-from lowbit.methods.kquants.policy import ModelInfo, TensorInfo, tensor_types
 from lowbit.methods.kquants.second_order import SecondOrderOptions
 from lowbit.pipeline.gguf_encode import GgufJob, encode_tensors
 from lowbit.pipeline.gguf_names import LinearTensor, linear_tensors
@@ -49,7 +49,7 @@ from lowbit.pipeline.run import Streams
 from lowbit.pipeline.writer import output_errors, sha256_of, write_json
 from lowbit.recipe import Recipe
 
-_IMATRIX = "imatrix.gguf"
+_IMATRIX, _TYPES = "imatrix.gguf", "types.json"
 
 
 def quantize_gguf(model: str | Path, *, output: Path, recipe: Recipe, settings: Settings, progress: Progress) -> Result:
@@ -101,7 +101,7 @@ class _GgufRun:
         model = self._model() if windows is not None else None
         linears = linear_tensors(model, source) if model is not None else {}
         matrix = self._importance(work, model, linears, windows)
-        types = self._types(source)
+        types = self._types(source, model, windows, work)
         keys = provenance(self.recipe, self.name, self._identity(source), digest, matrix, len(linears), windows)
         files = lay_out(
             self.output.name,
@@ -203,17 +203,14 @@ class _GgufRun:
         options, streams = last_pass_options(self.recipe), self._streams(work)
         return tune_gguf(job, model, rounded, text, options, streams, self.progress)
 
-    def _types(self, source: GgufSource) -> dict[str, str]:
-        tensors = [TensorInfo(name, tensor.shape, tensor.ggml_type) for name, tensor in source.tensors.items()]
-        info = ModelInfo(
-            source.architecture,
-            source.number("block_count"),
-            source.number("attention.head_count"),
-            source.number("attention.head_count_kv", source.number("attention.head_count")),
-            source.number("expert_count"),
-        )
+    def _types(
+        self, source: GgufSource, model: StreamedModel | None, windows: Tensor | None, work: Path
+    ) -> dict[str, str]:
         policy = self.options.policy(has_imatrix=self.options.refine != "none")
-        return tensor_types(self.recipe.method, tensors, info, policy)
+        types = file_types(source, self.recipe.method, policy)
+        if not self.options.fit_types or model is None or windows is None:
+            return types
+        return fitted_types(model, source, windows, types, work / _TYPES, self.progress)
 
     def _importance(
         self,

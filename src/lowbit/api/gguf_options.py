@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ class GgufOptions:
     to second order; by default hessian when calibration text is given, imatrix when an `imatrix` file is, else none.
     imatrix: an importance matrix of llama-imatrix or lowbit, instead of calibration.
     pure, leave_output_tensor, output_tensor_type, token_embedding_type, tensor_type (PATTERN=TYPE): as in llama-quantize.
+    fit_types: choose the types of matrices anew, so that a file no larger costs the least divergence (gguf_types.py); what
+    llama-quantize's options above say of types cannot be given then.
     allow_requantize: take a GGUF file that is quantized already.
     max_shard_size: bytes of data in one file; larger models are split.
     damping, sweeps, asymmetric: of second-order rounding, see SecondOrderOptions.
@@ -40,6 +43,7 @@ class GgufOptions:
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     tensor_type: tuple[str, ...] = ()
+    fit_types: bool = False
     allow_requantize: bool = False
     max_shard_size: int | None = None
     damping: float = 0.03
@@ -105,6 +109,7 @@ def gguf_options(recipe: Recipe) -> GgufOptions:
     if given.get("refine") is None:
         given["refine"] = "hessian" if text else "imatrix" if given.get("imatrix") else "none"
     _refuse_contradictions(given, text)
+    _refuse_fitting(given)
     options = GgufOptions(**given)
     _refuse_learning(options)
     return options
@@ -124,6 +129,22 @@ def _refuse_contradictions(given: dict[str, Any], text: bool) -> None:
         )
     if given.get("imatrix") and not Path(given["imatrix"]).is_file():
         raise RecipeError(f"importance matrix {given['imatrix']} does not exist")
+
+
+def names_types(options: Mapping[str, Any]) -> bool:
+    """Whether options of a recipe say which types tensors have."""
+    named = ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type", "tensor_type")
+    return any(options.get(name) for name in named)
+
+
+def _refuse_fitting(given: dict[str, Any]) -> None:
+    if given.get("fit_types") and given["refine"] != "hessian":
+        raise RecipeError(
+            f"types are fitted to calibration text, and refine is {given['refine']!r}",
+            hint="--refine hessian with a --dataset, or --no-fit-types",
+        )
+    if given.get("fit_types") and names_types(given):
+        raise RecipeError("types cannot be fitted and named", hint="--no-fit-types, or leave out what names types")
 
 
 def _refuse_learning(options: GgufOptions) -> None:

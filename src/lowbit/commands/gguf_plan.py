@@ -47,6 +47,8 @@ def print_gguf_plan(model: str, recipe: Recipe, settings: Settings, *, as_json: 
         table.add_row(name, kind, str(len(sizes)), f"{sum(sizes) / 2**20:.2f}")
     console = Console()
     console.print(table)
+    if recipe.options.get("fit_types"):
+        console.print("types are fitted when it runs, within this size (--no-fit-types: these types)")
     console.print(f"the file will take {size.file / 2**20:.1f} MiB, give or take some kilobytes of metadata")
     print_expected(console, expected)
 

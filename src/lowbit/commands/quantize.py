@@ -87,6 +87,10 @@ def quantize(
     tensor_type: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=TYPE", help="GGUF: type of tensors that match; repeatable.")
     ] = None,
+    fit_types: Annotated[
+        bool | None,
+        typer.Option(help="GGUF: types that cost least in a file no larger, as lowbit fit; best does for k-quants."),
+    ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="GGUF: take a file that is quantized already.")
     ] = False,
@@ -149,6 +153,7 @@ def quantize(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         tensor_type=tensor_type or None,
+        fit_types=fit_types,
         allow_requantize=allow_requantize or None,
         max_shard_size=parse_bytes(max_shard_size),
     )

@@ -1,0 +1,169 @@
+"""Which type every tensor of a GGUF file should have, so that a number of bytes costs the least divergence.
+
+One calibration pass gives the Gram matrix of every layer's inputs, one pass back how much its outputs matter; every tensor
+is rounded to every type and priced (lowbit.pipeline.sensitivity), and the knapsack is solved (lowbit.recommend.allocate).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.core.checkpoint.gguf_source import GgufSource
+from lowbit.core.ggml_types import ggml_type
+from lowbit.core.progress import Progress
+from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.kquants import decode, encode
+from lowbit.methods.kquants.policy import ModelInfo, PolicyOptions, TensorInfo, tensor_types
+from lowbit.pipeline.gguf_names import linear_tensors
+from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
+from lowbit.pipeline.run import Streams
+from lowbit.pipeline.sensitivity import Sensitivity, output_sensitivity, price
+from lowbit.pipeline.writer import write_json
+from lowbit.recommend.allocate import Choice, allocate
+
+_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# for rows that are no multiple of 256
+_SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# rows of a matrix that are priced: the others are taken to be like them
+_PRICED_ROWS = 512
+# tokens that prices are made from, at most: they say which layers matter, which little text does
+_PRICED_TOKENS = 2**15
+# windows of the pass back: gradients are averaged over all of their tokens
+GRADIENT_WINDOWS = 8
+
+
+def fitted_types(
+    model: StreamedModel,
+    source: GgufSource,
+    windows: Tensor,
+    types: Mapping[str, str],
+    file: Path,
+    progress: Progress,
+) -> dict[str, str]:
+    """The types of all tensors of a file no larger than with `types`, the matrices' as costs the least divergence; `types` as
+    they are where those take less than any choice.
+
+    windows: [samples, tokens]. file: JSON that keeps the answer for a continued run. Raises LowbitError subclasses.
+    """
+    if file.is_file():
+        kept: dict[str, str] = json.loads(file.read_text())
+        return kept
+    priced = windows[: max(GRADIENT_WINDOWS, _PRICED_TOKENS // windows.shape[1])]
+    parts = Prices(model, source, priced, progress).all()
+    room = sum(type_bytes(source, name, types[name]) for name in parts)
+    found = dict(types)
+    if sum(min(choice.nbytes for choice in choices) for choices in parts.values()) <= room:
+        best = allocate(parts, room)
+        found |= best.chosen
+        progress.note(f"types of {len(parts)} tensors fitted to {room / 2**20:.1f} MiB: predicted KL {best.cost:.4f}")
+    write_json(file, found)
+    return found
+
+
+class Prices:
+    """The choices of every matrix of the file, with their bytes and predicted divergence."""
+
+    def __init__(self, model: StreamedModel, source: GgufSource, windows: Tensor, progress: Progress) -> None:
+        self.model, self.source, self.windows, self.progress = model, source, windows, progress
+        self.linears = linear_tensors(model, source)
+        self.parts: dict[str, list[Choice]] = {}
+
+    def all(self) -> dict[str, list[Choice]]:
+        model = self.model
+        found = output_sensitivity(model, self.windows[:GRADIENT_WINDOWS], self.progress)
+        self.progress.start("price", len(model.blocks) + 1)
+        states = embedded(model, self.windows, Streams(4096, 2**40, Path(tempfile.gettempdir())))
+        for index in range(len(model.blocks)):
+            with torch.no_grad(), model.block(index) as module:
+                for group in model.architecture.linears:
+                    own = [linear for linear in self.linears.values() if linear.block == index and linear.name in group]
+                    if not own:
+                        continue
+                    gram = statistics_of(model, index, module, own[0].name, states).gram
+                    assert gram is not None
+                    for linear in own:
+                        weight = module.get_submodule(linear.name).get_parameter("weight").float()
+                        weight = weight.T if model.architecture.transposed else weight
+                        self._add(linear.tensor, weight, gram, found.layers[linear.path])
+                advance(model, index, module, states)
+            self.progress.advance()
+        self._outside(found, head_statistics(model, states).gram)
+        self.progress.advance()
+        return self.parts
+
+    def _outside(self, found: Sensitivity, gram: Tensor | None) -> None:
+        """The head, and the embedding: a tied one is both."""
+        assert gram is not None
+        assert found.head is not None
+        assert found.embedding is not None
+        device = self.model.device
+        table = self.source.dense("token_embd.weight").to(device)
+        often = torch.bincount(self.windows.flatten(), minlength=len(table)).to(device) / self.windows.numel()
+        tied = "output.weight" not in self.source.tensors
+        if not tied:
+            self._add("output.weight", self.source.dense("output.weight").to(device), gram, found.head)
+        # an embedding row's error reaches the model whenever its token occurs, column by column
+        self._add("token_embd.weight", table, gram if tied else None, found.head, (found.embedding, often))
+
+    def _add(
+        self,
+        tensor: str,
+        weight: Tensor,
+        gram: Tensor | None,
+        sensitivity: Tensor,
+        embedding: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        rows = priced_rows(weight)
+        part, share = weight[rows].contiguous(), len(weight) / len(rows)
+        importance = None if gram is None else gram.diagonal().contiguous()
+        columns = weight.shape[1]
+        choices = []
+        for name in _TYPES if columns % 256 == 0 else _SMALL_BLOCKS:
+            rounded = decode(name, encode(name, part, importance), columns).to(part.device)
+            cost = 0.0 if gram is None else price(part, rounded, gram, sensitivity[rows] * share)
+            if embedding is not None:
+                errors = (part - rounded).square() @ embedding[0]
+                cost += 0.5 * (errors * _typical(embedding[1], rows)).sum().item()
+            choices.append(Choice(name, type_bytes(self.source, tensor, name), cost))
+        self.parts[tensor] = choices
+
+
+def priced_rows(weight: Tensor) -> Tensor:
+    """Indices of the rows that stand for all rows of a matrix; every one of them counts for `len(weight) / len(rows)`."""
+    shuffled = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
+    return shuffled[:_PRICED_ROWS].to(weight.device)
+
+
+def _typical(often: Tensor, rows: Tensor) -> Tensor:
+    """How often each row's token occurs, scaled so that the chosen rows stand for all of the text."""
+    chosen = often[rows]
+    return chosen / chosen.sum() if chosen.sum() > 0 else torch.full_like(chosen, 1 / len(chosen))
+
+
+def type_bytes(source: GgufSource, tensor: str, type_name: str) -> int:
+    """What a tensor takes in a type."""
+    shape = source.tensors[tensor].shape
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows * ggml_type(type_name).row_bytes(shape[-1])
+
+
+def file_types(source: GgufSource, name: str, options: PolicyOptions | None = None) -> dict[str, str]:
+    """Every tensor's type in a file of type `name`, as llama-quantize has it."""
+    tensors = [TensorInfo(tensor, spec.shape, spec.ggml_type) for tensor, spec in source.tensors.items()]
+    heads = source.number("attention.head_count")
+    info = ModelInfo(
+        source.architecture,
+        source.number("block_count"),
+        heads,
+        source.number("attention.head_count_kv", heads),
+        source.number("expert_count"),
+    )
+    return tensor_types(name, tensors, info, options or PolicyOptions())
