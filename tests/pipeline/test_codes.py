@@ -28,6 +28,13 @@ from lowbit.recipe import Recipe, preset
 from tests.interrupted import StopAt
 
 RECIPE: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 32, "dataset": "pydoc", "seq_len": 64}
+# layers of several kinds, others in every block
+MIXED = [
+    {"match": "*.layers.0.*.v_proj", "bits": 5},
+    {"match": "*.layers.0.*.up_proj", "bits": 4},
+    {"match": "*.layers.1.*.q_proj", "bits": 6},
+    {"match": "*.layers.1.*.down_proj", "bits": 4, "group_size": 64},
+]
 TUNE = {"steps": 60, "rate": 3e-4, "codes": 0.02}
 QUIET = Settings(device="cpu", verify=False)
 
@@ -109,8 +116,14 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path) -> None:
-    lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, **RECIPE)
+@pytest.mark.parametrize("overrides", [[], MIXED], ids=["one kind", "several"])
+def test_recorded_steps_are_the_plain_ones(
+    tiny_llama: Path, tmp_path: Path, overrides: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # beyond the limit torch runs what it was to compile as it is, three times as slow
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 4)
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, overrides=overrides, **RECIPE)
     device = torch.device("cuda")
     base = StreamedModel(open_checkpoint(tiny_llama), device, torch.float16)
     stored = ArtifactCheckpoint(open_checkpoint(tmp_path / "start"))
@@ -135,6 +148,25 @@ def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path) -> 
         )
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert (places[True] - places[False]).abs().mean() < 1e-3
+
+
+def test_blocks_are_given_their_weights_in_one_order(tiny_llama: Path, tmp_path: Path) -> None:
+    """What is compiled for one order of names is not for another, and layers of one kind are trained together."""
+    lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, overrides=MIXED, **RECIPE)
+    device = torch.device("cpu")
+    base = StreamedModel(open_checkpoint(tiny_llama), device, torch.float32)
+    stored = ArtifactCheckpoint(open_checkpoint(tmp_path / "start"))
+    artifact = StreamedModel(stored, device, torch.float32)
+    codes = Codes(starts_of(base, stored), tmp_path / "state", transposed=False)
+    kinds = [tuple(codes.weights(index)) for index in range(len(base.blocks))]
+    student = Student(base, artifact, Factors(artifact, {}, tmp_path / "state", device), codes)
+    orders: list[list[str]] = []
+    inner = student._run_module
+    student._run_module = lambda *given: (orders.append(list(given[1])), inner(*given))[1]
+    with base.outside(), artifact.outside():
+        student.loss(torch.randint(0, 512, (1, 8)), torch.randn(1, 8, 64))
+    assert kinds[0] != kinds[1]
+    assert orders == [[name for name, _ in block.named_parameters()] for block in base.blocks]
 
 
 def test_trained_codes_lower_the_divergence_and_scales_alone_do_less(tiny_llama: Path, tmp_path: Path) -> None:

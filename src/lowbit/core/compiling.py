@@ -23,9 +23,10 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def compiled(function: _Function) -> _Function:
-    """The function compiled for the shapes it is called with; numbers among its arguments must not change between calls."""
-    return cast(_Function, torch.compile(function, dynamic=False))
+def compiled(function: _Function, *, any_shape: bool = False) -> _Function:
+    """The function compiled for the shapes it is called with, a few of them at most, or once for any shape; numbers among its
+    arguments must not change between calls."""
+    return cast(_Function, torch.compile(function, dynamic=any_shape))
 
 
 class Recorded:

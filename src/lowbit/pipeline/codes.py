@@ -81,8 +81,8 @@ class Codes:
         self._scalars.copy_(torch.tensor(adam_scalars(step, rate, _FORGET)))
 
     def compile(self) -> None:
-        """Take one kernel for a step of a matrix, on a GPU."""
-        self._follow = compiled(follow_)
+        """Take one kernel for a step of a matrix, on a GPU; where layers have many types there are many shapes of it."""
+        self._follow = compiled(follow_, any_shape=True)
 
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:

@@ -120,7 +120,9 @@ class Student:
         weights = dict(self._weights(index))
         if self.codes:
             weights |= self.codes.weights(index)
-        changed = {name: self.factors.apply(index, name, weight, factors) for name, weight in weights.items()}
+        # in one order whatever the layers' types are: blocks that are compiled for one order of names are not for another
+        names = [name for name, _ in self.artifact.blocks[index].named_parameters()]
+        changed = {name: self.factors.apply(index, name, weights[name], factors) for name in names}
         args, kwargs = self._held[index] if self.fast else self.artifact.arguments(index, hidden)
         with mixed_precision(hidden.device):
             if self.fast and index not in self._stand_ins:
