@@ -1,9 +1,10 @@
-"""GGUF files of one model side by side: plain, with an importance matrix, rounded to second order, with types of their own
-(`lowbit fit`); and llama.cpp's own llama-quantize, without and with llama-imatrix on the same text, where those programs
+"""GGUF files of one model side by side: plain, with an importance matrix, rounded to second order, with fitted types
+(`lowbit fit`), with `--effort best` in llama.cpp's types (own-types) and in fitted ones (best), without trained codes and with;
+and llama.cpp's own llama-quantize, without and with llama-imatrix on the same text, where those programs
 are on PATH.
 
     python benchmarks/gguf_quality.py --model DIR --text FILE --evaluate FILE [--types q4_k_m q3_k_s] [--out DIR]
-    python benchmarks/gguf_quality.py ... --rows imatrix hessian best fit-best --samples 128 --seq-len 1024      # on a GPU
+    python benchmarks/gguf_quality.py ... --rows imatrix hessian best-codes --samples 128 --seq-len 1024      # on a GPU
 
 Prints one line a file: bytes, seconds, KL divergence from the base with its standard error, and top-1 agreement; then the
 same for every further text to measure on.
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from lowbit.api.evaluate import evaluate
 from lowbit.api.fit import fit
@@ -26,7 +28,8 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
 from lowbit.recipe import Calibration
 
-ROWS = ("none", "imatrix", "hessian", "best", "fit", "fit-best", "best-codes", "fit-best-codes")
+ROWS = ("none", "imatrix", "hessian", "fit", "own-types", "own-types-codes", "best", "best-codes")
+_BEST = ("own-types", "best")
 
 
 def main() -> None:
@@ -45,49 +48,42 @@ def main() -> None:
     source = converted(open_checkpoint(args.model), args.out, Silent()).location
     for kind in args.types:
         for row in args.rows:
-            effort, codes = "best" if "best" in row else "balanced", row.endswith("codes")
-            said = f"{effort}, --tune-codes" if codes else effort
-            if row.startswith("fit"):
-                report(f"lowbit fit --like {kind}, {said}", *fitted(args, kind, effort, codes), args)
-            else:
-                refine = "hessian" if row.startswith("best") else row
-                report(f"lowbit {kind} {refine}, {said}", *ours(args, kind, refine, effort, codes), args)
+            make = fitted if row == "fit" else best if row.startswith(_BEST) else ours
+            report(f"lowbit {kind} {row}", *make(args, kind, row), args)
         for name, command, file in theirs(args, source, kind):
             started = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             report(name, file, time.monotonic() - started, args)
 
 
-def fitted(args: argparse.Namespace, kind: str, effort: str, codes: bool) -> tuple[Path, float]:
+def fitted(args: argparse.Namespace, kind: str, row: str) -> tuple[Path, float]:
     """A file no larger than the file type's, every tensor of the type that `lowbit fit` chose."""
     started = time.monotonic()
     text = Calibration(dataset=str(args.text), num_samples=args.samples // 2, seq_len=min(512, args.seq_len))
-    recipe = fit(args.model, like=kind, calibration=text).recipe.updated(num_samples=args.samples)
-    recipe = recipe.updated(seq_len=args.seq_len)
-    output = args.out / f"lowbit-fit-{kind}-{effort}{_ending(codes)}"
-    settings = Settings(verify=False, restart=True)
-    quantize(args.model, output=output, recipe=recipe, effort=effort, tune_codes=codes, settings=settings)
+    recipe = fit(args.model, like=kind, calibration=text).recipe
+    recipe = recipe.updated(num_samples=args.samples, seq_len=args.seq_len)
+    output = args.out / f"lowbit-{kind}-{row}.gguf"
+    quantize(args.model, output=output, recipe=recipe, settings=Settings(verify=False, restart=True))
     return output, time.monotonic() - started
 
 
-def ours(args: argparse.Namespace, kind: str, refine: str, effort: str, codes: bool) -> tuple[Path, float]:
-    output = args.out / f"lowbit-{kind}-{refine}-{effort}{_ending(codes)}"
-    text = {} if refine == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
-    result = quantize(
-        args.model,
-        output=output,
-        method=kind,
-        settings=Settings(verify=False, restart=True),
-        options={"refine": refine},
-        effort=effort,
-        tune_codes=codes,
-        **text,
-    )
+def best(args: argparse.Namespace, kind: str, row: str) -> tuple[Path, float]:
+    fits = not row.startswith("own-types")
+    return written(args, kind, row, {"fit_types": fits}, effort="best", tune_codes=row.endswith("codes"))
+
+
+def ours(args: argparse.Namespace, kind: str, row: str) -> tuple[Path, float]:
+    return written(args, kind, row, {"refine": row})
+
+
+def written(
+    args: argparse.Namespace, kind: str, row: str, options: dict[str, Any], **further: Any
+) -> tuple[Path, float]:
+    output = args.out / f"lowbit-{kind}-{row}.gguf"
+    text = {} if row == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
+    settings = Settings(verify=False, restart=True)
+    result = quantize(args.model, output=output, method=kind, settings=settings, options=options, **further, **text)
     return output, result.run["seconds"]
-
-
-def _ending(codes: bool) -> str:
-    return "-codes.gguf" if codes else ".gguf"
 
 
 def theirs(args: argparse.Namespace, source: Path, kind: str) -> list[tuple[str, list[str], Path]]:
