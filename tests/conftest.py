@@ -10,6 +10,20 @@ import torch
 
 from tests.in_process import Run, in_this_process
 
+# files that take a minute and more: begun first, so that no worker is left with one when the others are done
+LONGEST = (
+    "pipeline/test_distributed.py", "pipeline/test_codes.py", "commands/test_serve.py", "commands/test_check.py",
+    "pipeline/test_gguf_tuned.py", "test_cli.py", "commands/test_bench_chat_push.py", "pipeline/test_tune.py",
+    "deploy/test_render.py", "pipeline/test_gguf_learn.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all else in the usual order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    root = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(root).as_posix(), len(LONGEST)))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

@@ -21,6 +21,7 @@ from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.distributed import ALONE, World
 from lowbit.core.statistics import InputStatistics
 from lowbit.formats.reader import ArtifactCheckpoint
+from tests.in_process import Run
 
 CPU = torch.device("cpu")
 FLAGS = [
@@ -61,32 +62,58 @@ def agreement(first: Path, second: Path, within: str = "") -> tuple[float, float
     return equal / count, apart
 
 
-@pytest.mark.parametrize("flags", [["--method", "gptq"], ["--method", "awq"]], ids=["gptq", "awq"])
-def test_two_processes_make_what_one_makes(tiny_llama: Path, tmp_path: Path, flags: list[str]) -> None:
-    alone = run(command(tiny_llama, tmp_path / "one", *flags, "--device", "cpu"))
-    assert alone.returncode == 0, alone.stderr
-    shared = run(command(tiny_llama, tmp_path / "two", *flags, "--device", "cpu", "--gpus", "2", "--json"))
-    assert shared.returncode == 0, shared.stderr
-    assert json.loads(shared.stdout)["path"] == str(tmp_path / "two"), "one process prints, and only it"
-    # before any weight can have moved, only the order of a float32 sum differs
-    codes, apart = agreement(tmp_path / "one", tmp_path / "two", "model.layers.0.self_attn.")
+@pytest.fixture(scope="module")
+def deep(make_model: Callable[..., Path]) -> Path:
+    """With blocks enough to be killed in the midst of them."""
+    return make_model(num_hidden_layers=8)
+
+
+@pytest.fixture(scope="module")
+def shared(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of it, undisturbed."""
+    output = tmp_path_factory.mktemp("shared") / "out"
+    done = run(command(deep, output, "--device", "cpu", "--gpus", "2", "--json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == str(output), "one process prints, and only it"
+    assert list(output.parent.iterdir()) == [output]
+    return output
+
+
+def check_alike(one: Path, two: Path) -> None:
+    """The same, but for the order of a float32 sum."""
+    # before any weight can have moved nothing else differs
+    codes, apart = agreement(one, two, "model.layers.0.self_attn.")
     assert codes > 0.999
     assert apart < 0.01
     # a weight that lies between two codes moves on one processor and not on another; whatever comes after it is given other
     # inputs, and rounds to other codes that are as good
-    one, two = (json.loads((tmp_path / name / "lowbit.json").read_text())["layers"] for name in ("one", "two"))
-    for path, layer in one.items():
-        assert two[path]["error"] == pytest.approx(layer["error"], rel=0.2)
-    first, second = (statistics.fmean(layer["error"] for layer in layers.values()) for layers in (one, two))
+    alone, both = (json.loads((path / "lowbit.json").read_text())["layers"] for path in (one, two))
+    for path, layer in alone.items():
+        assert both[path]["error"] == pytest.approx(layer["error"], rel=0.2)
+    first, second = (statistics.fmean(layer["error"] for layer in layers.values()) for layers in (alone, both))
     assert second == pytest.approx(first, rel=0.02)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_processes_make_what_one_makes(lowbit_here: Run, deep: Path, shared: Path, tmp_path: Path) -> None:
+    alone = lowbit_here("quantize", deep, "-o", tmp_path / "one", *FLAGS, "--device", "cpu")
+    assert alone.returncode == 0, alone.stderr
+    check_alike(tmp_path / "one", shared)
+
+
+def test_torchrun_itself_starts_them(lowbit_here: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lowbit", "quantize"]
+    flags = [*FLAGS, "--method", "awq", "--device", "cpu"]
+    done = run([*torchrun, str(tiny_llama), "-o", str(tmp_path / "two"), *flags])
+    assert done.returncode == 0, done.stderr
+    alone = lowbit_here("quantize", tiny_llama, "-o", tmp_path / "one", *flags)
+    assert alone.returncode == 0, alone.stderr
+    check_alike(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_killed_process_ends_the_run_with_one_sentence_and_it_resumes(
-    make_model: Callable[..., Path], tmp_path: Path
+    deep: Path, shared: Path, tmp_path: Path
 ) -> None:
-    model = make_model(num_hidden_layers=12)
-    arguments = command(model, tmp_path / "out", "--gpus", "2", "--device", "cpu")
+    arguments = command(deep, tmp_path / "out", "--gpus", "2", "--device", "cpu")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -109,39 +136,34 @@ def test_a_killed_process_ends_the_run_with_one_sentence_and_it_resumes(
     again = run([*arguments, "--json"])
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["run"]["resumed_blocks"] == done >= 2
-    whole = run(command(model, tmp_path / "whole", "--gpus", "2", "--device", "cpu"))
-    assert whole.returncode == 0, whole.stderr
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
-    assert files[0] == files[1]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (shared / "model.safetensors").read_bytes()
 
 
-def test_torchrun_itself_starts_it_and_an_error_is_told_once(tiny_llama: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lowbit", "quantize"]
-    done = run([*torchrun, str(tiny_llama), "-o", str(tmp_path / "out"), *FLAGS, "--device", "cpu"])
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/lowbit.json").exists()
-    taken = run(command(tiny_llama, tmp_path / "out", "--gpus", "2", "--device", "cpu"))
+def test_an_error_is_told_once(deep: Path, shared: Path) -> None:
+    taken = run(command(deep, shared, "--gpus", "2", "--device", "cpu"))
     assert taken.returncode == 1
-    assert [line for line in taken.stderr.splitlines() if "error" in line] == [
-        f"error: {tmp_path / 'out'} exists already"
-    ]
+    assert [line for line in taken.stderr.splitlines() if "error" in line] == [f"error: {shared} exists already"]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--effort", "best"], "by one process only"),
+        (["--effort", "best"], "learned (--effort best, --tune, autoround) by one process only"),
+        (["--method", "autoround"], "by one process only"),
+        (["--method", "q4_k_m"], "GGUF files are made by one process only"),
         (["--num-samples", "1"], "1 calibration windows cannot be shared by 2 processes"),
         (["--fallback"], "--fallback"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_before_any_work(
-    tiny_llama: Path, tmp_path: Path, flags: list[str], said: str
+def test_what_cannot_be_shared_is_refused_before_processes_are_started(
+    lowbit_here: Run, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path, flags: list[str], said: str
 ) -> None:
-    arguments = [flag for flag in command(tiny_llama, tmp_path / "out") if flag != "--no-verify"]
-    refused = run([*arguments, "--gpus", "2", "--device", "cpu", *flags])
+    monkeypatch.setattr("lowbit.api.launch.launch", lambda *_: pytest.fail("processes were started"))
+    given = [flag for flag in FLAGS if flag != "--no-verify"]
+    refused = lowbit_here(
+        "quantize", tiny_llama, "-o", tmp_path / "out", *given, "--gpus", 2, "--device", "cpu", *flags
+    )
     assert refused.returncode == 2
-    assert refused.stderr.count("error:") == 1
     assert said in refused.stderr
     assert not (tmp_path / "out").exists()
 

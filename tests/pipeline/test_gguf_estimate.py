@@ -57,6 +57,17 @@ def test_training_comes_on_top() -> None:
     assert trained.seconds > 2 * expected("hessian").seconds
 
 
+def test_fitting_types_is_within_a_factor_of_two() -> None:
+    """SmolLM2 zero-padded to hidden 768, `lowbit fit` on 32 windows of 512 tokens: 359 s on two cores without AVX-512."""
+    planned, machine = llama(30, 768, 1536, 256, 49152), Machine("cpu", 87e9, 86e9)
+    plain, fitted = (
+        estimate_gguf(planned, GgufWork("hessian", 32, 512, True, fits=fits), machine, torch.float32)
+        for fits in (False, True)
+    )
+    assert 359 / 2 < fitted.seconds - plain.seconds < 2 * 359
+    assert fitted.memory == plain.memory
+
+
 def test_hessians_of_wide_layers_are_in_the_memory() -> None:
     planned = llama(2, 8192, 28672, 1024, 32000)
     work = GgufWork("hessian", 128, 2048, False)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lowbit.core.checkpoint.safetensors import read_header
 from lowbit.core.contracts import TensorSpec
 from lowbit.core.errors import OutputError
 from lowbit.pipeline.journal import Journal
@@ -41,6 +43,28 @@ def test_hashes_taken_on_the_way_are_those_of_the_files(
     assert checksums == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.glob("*.safetensors")
     }
+
+
+def test_what_is_written_in_order_is_hashed_up_to_its_end(tmp_path: Path) -> None:
+    writer, every = ShardedWriter(tmp_path, layout()), tensors()
+    start = (tmp_path / "model.safetensors").stat().st_size - sum(tensor.nbytes for tensor in every.values())
+    for name, tensor in every.items():
+        writer.write(name, tensor)
+        writer.hash_ahead()
+        start += tensor.nbytes
+        assert [digest.end for digest in writer._digests.values()] == [start]
+
+
+def test_tensors_lie_at_multiples_of_their_width(tmp_path: Path) -> None:
+    shapes = {"a": (torch.uint8, 3), "b": (torch.half, 5), "c": (torch.float32, 2), "d": (torch.uint8, 1)}
+    written = {name: torch.arange(count).to(dtype) for name, (dtype, count) in shapes.items()}
+    writer = ShardedWriter(tmp_path, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in written.items()})
+    for name, tensor in written.items():
+        writer.write(name, tensor)
+    writer.finish()
+    entries, _ = read_header(tmp_path / "model.safetensors")
+    assert all(offset % spec.dtype.itemsize == 0 for spec, offset in entries.values())
+    assert all(torch.equal(tensor, written[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
 
 
 class _Watched(ShardedWriter):

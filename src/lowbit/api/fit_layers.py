@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.api.fit import Fit
-from lowbit.api.gguf_types import GRADIENT_WINDOWS, priced_rows
+from lowbit.api.gguf_types import priced_rows
 from lowbit.api.quantize import recipe_for
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import RecipeError
@@ -32,7 +32,7 @@ from lowbit.methods import METHODS
 from lowbit.pipeline.gguf_stream import advance, embedded, statistics_of
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import Streams
-from lowbit.pipeline.sensitivity import output_sensitivity, price
+from lowbit.pipeline.sensitivity import GRADIENT_WINDOWS, output_sensitivity, price
 from lowbit.recipe import Calibration, Override, Recipe
 from lowbit.recommend.allocate import Choice, allocate
 

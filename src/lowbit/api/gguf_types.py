@@ -23,19 +23,18 @@ from lowbit.methods.kquants.policy import ModelInfo, PolicyOptions, TensorInfo, 
 from lowbit.pipeline.gguf_names import linear_tensors
 from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
 from lowbit.pipeline.run import Streams
-from lowbit.pipeline.sensitivity import Sensitivity, output_sensitivity, price
+from lowbit.pipeline.sensitivity import (
+    GRADIENT_WINDOWS,
+    PRICED_ROWS,
+    PRICED_SMALL_BLOCKS,
+    PRICED_TOKENS,
+    PRICED_TYPES,
+    Sensitivity,
+    output_sensitivity,
+    price,
+)
 from lowbit.pipeline.writer import write_json
 from lowbit.recommend.allocate import Choice, allocate
-
-_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-# for rows that are no multiple of 256
-_SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-# rows of a matrix that are priced: the others are taken to be like them
-_PRICED_ROWS = 512
-# tokens that prices are made from, at most: they say which layers matter, which little text does
-_PRICED_TOKENS = 2**15
-# windows of the pass back: gradients are averaged over all of their tokens
-GRADIENT_WINDOWS = 8
 
 
 def fitted_types(
@@ -54,7 +53,7 @@ def fitted_types(
     if file.is_file():
         kept: dict[str, str] = json.loads(file.read_text())
         return kept
-    priced = windows[: max(GRADIENT_WINDOWS, _PRICED_TOKENS // windows.shape[1])]
+    priced = windows[: max(GRADIENT_WINDOWS, PRICED_TOKENS // windows.shape[1])]
     parts = Prices(model, source, priced, progress).all()
     room = sum(type_bytes(source, name, types[name]) for name in parts)
     found = dict(types)
@@ -124,7 +123,7 @@ class Prices:
         importance = None if gram is None else gram.diagonal().contiguous()
         columns = weight.shape[1]
         choices = []
-        for name in _TYPES if columns % 256 == 0 else _SMALL_BLOCKS:
+        for name in PRICED_TYPES if columns % 256 == 0 else PRICED_SMALL_BLOCKS:
             rounded = decode(name, encode(name, part, importance), columns).to(part.device)
             cost = 0.0 if gram is None else price(part, rounded, gram, sensitivity[rows] * share)
             if embedding is not None:
@@ -137,7 +136,7 @@ class Prices:
 def priced_rows(weight: Tensor) -> Tensor:
     """Indices of the rows that stand for all rows of a matrix; every one of them counts for `len(weight) / len(rows)`."""
     shuffled = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
-    return shuffled[:_PRICED_ROWS].to(weight.device)
+    return shuffled[:PRICED_ROWS].to(weight.device)
 
 
 def _typical(often: Tensor, rows: Tensor) -> Tensor:

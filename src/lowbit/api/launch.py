@@ -15,6 +15,7 @@ from typing import Any
 
 from lowbit.core import errors
 from lowbit.core.errors import DistributedError, LowbitError, RecipeError
+from lowbit.recipe import Recipe
 
 # where the launcher looks for a worker's last words; torchrun sets it for every process it starts
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -31,6 +32,22 @@ def check_gpus(count: int, device: str) -> None:
     have = torch.cuda.device_count()
     if device != "cpu" and count > have:
         raise RecipeError(f"--gpus {count}: this machine has {have}", hint=f"--gpus {have}" if have else "--device cpu")
+
+
+def check_shared(recipe: Recipe, count: int) -> None:
+    """Raises RecipeError for what `count` processes cannot share, before they are started for it."""
+    if recipe.format == "gguf":
+        raise RecipeError("GGUF files are made by one process only", hint="leave --gpus out")
+    if recipe.tune.steps or recipe.method == "autoround":
+        raise RecipeError(
+            "rounding and scales are learned (--effort best, --tune, autoround) by one process only",
+            hint="leave --gpus out",
+        )
+    if recipe.calibration.num_samples < count:
+        raise RecipeError(
+            f"{recipe.calibration.num_samples} calibration windows cannot be shared by {count} processes",
+            hint="more --num-samples, or fewer GPUs",
+        )
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:

@@ -120,7 +120,7 @@ class Model:
         training = Training(options.learn_steps, learn, tune.steps, tuned, tune.codes > 0)
         assert options.refine is not None  # decided by gguf_options
         windows = 0 if text.dataset == NO_TEXT else text.num_samples
-        work = GgufWork(options.refine, windows, text.seq_len, self.gguf is None, training)
+        work = GgufWork(options.refine, windows, text.seq_len, self.gguf is None, training, options.fit_types)
         return estimate_gguf(self.gguf_plan(recipe), work, machine, dtype)
 
     @cached_property

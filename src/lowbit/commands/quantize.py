@@ -135,7 +135,7 @@ def quantize(
     """
     from lowbit.api.effort import resolved
     from lowbit.api.fallback import quantize_with_fallback
-    from lowbit.api.launch import check_gpus, launch, report_failure
+    from lowbit.api.launch import check_gpus, check_shared, launch, report_failure
     from lowbit.api.quantize import plan
     from lowbit.api.quantize import quantize as run
     from lowbit.api.run import Settings
@@ -198,6 +198,7 @@ def quantize(
     if gpus is not None and not started_by_torchrun():
         check_gpus(gpus, device)
         if gpus > 1:
+            check_shared(chosen, gpus)
             launch(gpus, sys.argv[1:])
             return
     with listener(quiet=quiet or as_json or not leads()) as progress:

@@ -12,6 +12,7 @@ import torch
 from lowbit.formats.gguf import PlannedTensor
 from lowbit.methods.kquants.second_order import CUDA_WEIGHTS
 from lowbit.pipeline.estimate import LIBRARIES, Estimate, Machine, Training
+from lowbit.pipeline.sensitivity import GRADIENT_WINDOWS, PRICED_ROWS, PRICED_TOKENS, PRICED_TYPES
 
 # all but the tensors that have another's inputs: keys and values the queries', the gate those of `up`
 _INPUT = re.compile(r"\.(?!attn_k\.|attn_v\.|ffn_gate\.|\w+_exps\.)\w+\.weight$")
@@ -25,19 +26,21 @@ _DISK = 1.5e9  # bytes a second
 _CONVERTER_STARTS = 5.0  # seconds
 # forward passes through a block: watched as a whole; layer by layer, of each of the two streams
 _PASSES = {"imatrix": 2.0, "hessian": 5.0}
+_PASSES_BACK = 4  # forward twice, and back, as much as two
 _SEARCHES = {"none": 1.0, "imatrix": 2.0, "hessian": 1.0}
 _NONE = Training()
 
 
 @dataclass(frozen=True)
 class GgufWork:
-    """What is asked for. converts: a checkpoint becomes an unquantized GGUF file first."""
+    """What is asked for. converts: a checkpoint becomes an unquantized GGUF file first. fits: types are fitted before."""
 
     refine: Literal["none", "imatrix", "hessian"]
     windows: int
     tokens: int
     converts: bool
     training: Training = _NONE
+    fits: bool = False
 
 
 def estimate_gguf(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine, dtype: torch.dtype) -> Estimate:
@@ -54,7 +57,8 @@ def estimate_gguf(planned: Sequence[PlannedTensor], work: GgufWork, machine: Mac
     more = _watching(planned, work, machine, dtype)
     if work.refine == "hessian":
         rounding = _rounding(planned, work, machine)
-        more = Estimate(more.memory + rounding.memory, more.seconds + rounding.seconds)
+        fitting = _fitting(planned, work, machine) if work.fits else 0.0
+        more = Estimate(more.memory + rounding.memory, more.seconds + rounding.seconds + fitting)
     return Estimate(memory + more.memory, seconds + more.seconds)
 
 
@@ -85,6 +89,17 @@ def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine
     working = max(_working_bytes(tensor, machine) for tensor in rounded)
     graph = work.training.memory(block, len(blocks), rounded[-1].shape[-1])
     return Estimate(max(working, graph), gram / machine.fast + (loops + factors) / machine.exact + training)
+
+
+def _fitting(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine) -> float:
+    """Seconds that prices take: rows rounded to every type, a Gram matrix of every input, a pass back of a few windows."""
+    matrices = [tensor for block in _blocks(planned) for tensor in block]
+    count = min(work.windows * work.tokens, max(GRADIENT_WINDOWS * work.tokens, PRICED_TOKENS))
+    back = min(work.windows, GRADIENT_WINDOWS) * work.tokens
+    rows = sum(min(tensor.rows, PRICED_ROWS) * tensor.shape[-1] for tensor in matrices)
+    grams = sum(2.0 * tensor.shape[-1] ** 2 * count for tensor in matrices if _INPUT.search(tensor.name))
+    passes = 2 * _weights(matrices) * (2 * count + _PASSES_BACK * back)
+    return len(PRICED_TYPES) * _SEARCH[machine.kind] * rows / machine.exact + (grams + passes) / machine.fast
 
 
 def _blocks(planned: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 
+# types that a matrix may have, and where rows are no multiple of 256
+PRICED_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+PRICED_SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# rows of a matrix that are priced: the others are taken to be like them
+PRICED_ROWS = 512
+# tokens that prices are made from, at most: they say which layers matter, which little text does
+PRICED_TOKENS = 2**15
+# windows of the pass back: gradients are averaged over all of their tokens
+GRADIENT_WINDOWS = 8
 _LOGITS_TOKENS = 512
 
 

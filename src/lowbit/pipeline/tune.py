@@ -94,6 +94,10 @@ def tune(
         if codes is not None:
             # a continued run does as the whole one, however few steps are left: compiled sums are rounded otherwise
             fast = options.steps >= _COMPILED_FROM and can_compile(base.device)
+            if base.device.type == "cuda" and options.steps >= _COMPILED_FROM and not fast:
+                progress.warn(
+                    "torch.compile does not work here (it needs Triton and a C compiler): training is 3 times slower"
+                )
             student = Student(base, artifact, factors, codes, fast=fast)
         windows = windows.to(base.device)
         say_every = _SAY_EVERY if base.device.type == "cuda" else 1

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,15 +172,28 @@ def _divide(layout: Mapping[str, TensorSpec]) -> list[_Shard]:
 
 def _header(tensors: Mapping[str, TensorSpec]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # wider types first, so that every tensor is aligned to its own width; else in the order in which they will come
+    # in the order in which they will come, so that what is written can be hashed
+    order = list(tensors.items())
+    if not _aligned(spec for _, spec in order):
+        order.sort(key=lambda item: -item[1].dtype.itemsize)
     position = 0
-    for name, spec in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+    for name, spec in order:
         end = position + spec.nbytes
         entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _aligned(specs: Iterable[TensorSpec]) -> bool:
+    """Whether tensors one after another each begin at a multiple of their own width; wider types first always do."""
+    position = 0
+    for spec in specs:
+        if position % spec.dtype.itemsize:
+            return False
+        position += spec.nbytes
+    return True
 
 
 class output_errors(contextlib.AbstractContextManager["output_errors"]):  # noqa: N801 - reads as a statement
