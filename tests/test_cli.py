@@ -62,8 +62,8 @@ def test_json_is_data_alone(artifact: Path) -> None:
     assert {"gptq", "rtn", "fp16"} <= recipes.keys()
 
 
-def test_evaluate_finds_the_base_and_prints_json(artifact: Path, tiny_llama: Path) -> None:
-    measured = json.loads(run("evaluate", artifact, "--windows", "2", "--context", "64", "--json").stdout)
+def test_evaluate_finds_the_base_and_prints_json(lowbit_here: Run, artifact: Path, tiny_llama: Path) -> None:
+    measured = json.loads(lowbit_here("evaluate", artifact, "--windows", "2", "--context", "64", "--json").stdout)
     assert measured["base"] == str(tiny_llama)
     assert measured["kl"] > 0
     assert measured["tokens"] == 126
@@ -89,12 +89,16 @@ def test_changed_file_is_noticed(lowbit_here: Run, artifact: Path, tmp_path: Pat
     assert "model.safetensors differ" in shown.stderr
 
 
-def test_recipe_file_gives_the_same_artifact_as_flags(artifact: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_recipe_file_gives_the_same_artifact_as_flags(
+    lowbit_here: Run, artifact: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     import yaml
 
     record = json.loads((artifact / "lowbit.json").read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(record["recipe"]))
-    done = run("quantize", tiny_llama, "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "again", "--quiet")
+    done = lowbit_here(
+        "quantize", tiny_llama, "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "again", "--quiet"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again/model.safetensors").read_bytes() == (artifact / "model.safetensors").read_bytes()
 

@@ -12,21 +12,29 @@ import pytest
 from lowbit.api.push import push, push_plan
 from lowbit.core.errors import CheckpointError, OutputError, RecipeError
 from tests.commands.serving import run
+from tests.in_process import Run
 from tests.runtimes.stub_server import stub
 
 
-def test_bench_of_a_running_server(tmp_path: Path) -> None:
+@pytest.fixture
+def here(lowbit_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """lowbit_here, where nobody's servers and files are."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lowbit_here
+
+
+def test_bench_of_a_running_server(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_API_KEY", "secret")
     with stub(key="secret") as (url, _):
-        done = run(tmp_path, "bench", url, "--concurrency", "1,2", "--num-requests", "4", "--output-len", "3", "--json",
-                   LOWBIT_API_KEY="secret")  # fmt: skip
-        shown = run(tmp_path, "bench", url, "--concurrency", "1", "--num-requests", "2", "--markdown", "--quiet",
-                    LOWBIT_API_KEY="secret")  # fmt: skip
+        done = here("bench", url, "--concurrency", "1,2", "--num-requests", "4", "--output-len", "3", "--json")  # fmt: skip
+        shown = here("bench", url, "--concurrency", "1", "--num-requests", "2", "--markdown", "--quiet")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [(row["load"]["concurrency"], row["load"]["output_tokens"]) for row in rows] == [(1, 12), (2, 12)]
     assert shown.stdout.startswith("| artifact | runtime | clients | tokens/s |")
     assert len(shown.stdout.splitlines()) == 3
-    wrong = run(tmp_path, "bench", url, "--concurrency", "one")
+    wrong = here("bench", url, "--concurrency", "one")
     assert wrong.returncode == 2
     assert "such as 1,4,16" in wrong.stderr
 
@@ -54,25 +62,25 @@ def test_bench_of_an_artifact_is_kept_for_predictions(smollm2_gguf: Path, tmp_pa
     assert told["tasks"] == {"t": 1}
 
 
-def test_chat_asks_and_remembers(tmp_path: Path) -> None:
+def test_chat_asks_and_remembers(here: Run) -> None:
     with stub() as (url, asked):
-        done = run(tmp_path, "chat", url.removesuffix("/v1"), "-a", "hello", "-a", "again", "--max-tokens", "3",
+        done = here("chat", url.removesuffix("/v1"), "-a", "hello", "-a", "again", "--max-tokens", "3",
                    "--system", "be brief")  # fmt: skip
     assert done.stdout == "one two three\none two three\n"
     assert [message["content"] for message in asked[-1]["messages"]] == ["be brief", "hello", "one two three", "again"]
 
 
-def test_chat_with_two(tmp_path: Path) -> None:
+def test_chat_with_two(here: Run) -> None:
     with stub() as (first, _), stub() as (second, _):
-        done = run(tmp_path, "chat", "--compare", first, second, "-a", "hello", "--max-tokens", "2")
+        done = here("chat", "--compare", first, second, "-a", "hello", "--max-tokens", "2")
     assert done.stdout == f"[{first}]\none two\n\n[{second}]\none two\n\n"
 
 
-def test_chat_with_nobody(tmp_path: Path) -> None:
-    done = run(tmp_path, "chat")
+def test_chat_with_nobody(here: Run) -> None:
+    done = here("chat")
     assert done.returncode == 1
     assert "no server runs" in done.stderr
-    assert "nobody answers" in run(tmp_path, "chat", "http://127.0.0.1:9/v1", "-a", "hello").stderr
+    assert "nobody answers" in here("chat", "http://127.0.0.1:9/v1", "-a", "hello").stderr
 
 
 @pytest.fixture
@@ -91,8 +99,8 @@ def artifact(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_push_shows_files_and_sizes(artifact: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, "push", artifact, "my-org/model", "--dry-run", "--json")
+def test_push_shows_files_and_sizes(here: Run, artifact: Path) -> None:
+    done = here("push", artifact, "my-org/model", "--dry-run", "--json")
     plan = json.loads(done.stdout)
     names = {file["name"] for file in plan["files"]}
     assert {"model.safetensors", "config.json", "README.md", "lowbit.json", "tokenizer.json"} <= names

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,6 @@ import pytest
 from tests.gguf_files import write_gguf
 from tests.in_process import Run
 from tests.recommend.models import write_config
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    script = Path(sys.executable).with_name("lowbit")
-    return subprocess.run([script, "recommend", *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_a_table_reasons_and_commands(lowbit_here: Run, tmp_path: Path) -> None:
@@ -31,9 +24,9 @@ def test_a_table_reasons_and_commands(lowbit_here: Run, tmp_path: Path) -> None:
     assert "general rule" in done.stdout
 
 
-def test_json_and_chinese(tmp_path: Path) -> None:
+def test_json_and_chinese(lowbit_here: Run, tmp_path: Path) -> None:
     model = write_config(tmp_path, "llama-3.2-1b")
-    done = run(model, "--hardware", "cpu:8c,16g", "--json", "--lang", "zh", "--concurrency", "2")
+    done = lowbit_here("recommend", model, "--hardware", "cpu:8c,16g", "--json", "--lang", "zh", "--concurrency", "2")
     answer = json.loads(done.stdout)
     first = answer["recommended"][0]
     assert (first["method"], first["runtime"], answer["possible"]) == ("q4_k_m", "llama.cpp", True)
