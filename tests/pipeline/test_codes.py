@@ -14,10 +14,12 @@ from lowbit.api.last_pass import last_pass_windows
 from lowbit.api.quantize import recipe_for
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
+from lowbit.core.compiling import MOST_SHAPES
 from lowbit.core.errors import RecipeError
 from lowbit.core.progress import Silent
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.training import follow_
 from lowbit.formats.reader import ArtifactCheckpoint
 from lowbit.methods.even_grid import EvenGrid
 from lowbit.methods.kquants import CODECS
@@ -120,8 +122,7 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
 def test_recorded_steps_are_the_plain_ones(
     tiny_llama: Path, tmp_path: Path, overrides: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # beyond the limit torch runs what it was to compile as it is, three times as slow
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 4)
+    # beyond its limit torch runs what it was to compile as it is, three times as slow
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
     lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, overrides=overrides, **RECIPE)
     device = torch.device("cuda")
@@ -167,6 +168,20 @@ def test_blocks_are_given_their_weights_in_one_order(tiny_llama: Path, tmp_path:
         student.loss(torch.randint(0, 512, (1, 8)), torch.randn(1, 8, 64))
     assert kinds[0] != kinds[1]
     assert orders == [[name for name, _ in block.named_parameters()] for block in base.blocks]
+
+
+def test_steps_are_compiled_for_few_shapes_only() -> None:
+    def of(count: int) -> Codes:
+        grids = [EvenGrid(torch.zeros(rows, 32, dtype=torch.uint8), 7, torch.ones(rows, 1), torch.ones(rows, 1))
+                 for rows in range(1, count + 1)]  # fmt: skip
+        starts = [{"weight": Start(torch.randn(len(grid.codes), 32), grid)} for grid in grids]
+        codes = Codes(starts, Path("nowhere"), transposed=False)
+        codes.compile()
+        return codes
+
+    assert of(MOST_SHAPES)._follow is not follow_
+    assert of(MOST_SHAPES + 1)._follow is follow_
+    assert torch._dynamo.config.recompile_limit == MOST_SHAPES
 
 
 def test_trained_codes_lower_the_divergence_and_scales_alone_do_less(tiny_llama: Path, tmp_path: Path) -> None:

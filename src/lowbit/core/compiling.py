@@ -9,6 +9,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+# torch._dynamo.config.recompile_limit, where nobody changed it
+MOST_SHAPES = 8
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
@@ -23,10 +25,10 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def compiled(function: _Function, *, any_shape: bool = False) -> _Function:
-    """The function compiled for the shapes it is called with, a few of them at most, or once for any shape; numbers among its
-    arguments must not change between calls."""
-    return cast(_Function, torch.compile(function, dynamic=any_shape))
+def compiled(function: _Function) -> _Function:
+    """The function compiled for the shapes it is called with, of which there may be `MOST_SHAPES`: with more PyTorch runs it as
+    it is, and warns. Numbers among its arguments must not change between calls."""
+    return cast(_Function, torch.compile(function, dynamic=False))
 
 
 class Recorded:

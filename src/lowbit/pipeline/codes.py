@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowbit.core.compiling import compiled
+from lowbit.core.compiling import MOST_SHAPES, compiled
 from lowbit.core.errors import RecipeError
 from lowbit.core.hardware import free_memory_on
 from lowbit.core.streamed_model import StreamedModel
@@ -81,8 +81,10 @@ class Codes:
         self._scalars.copy_(torch.tensor(adam_scalars(step, rate, _FORGET)))
 
     def compile(self) -> None:
-        """Take one kernel for a step of a matrix, on a GPU; where layers have many types there are many shapes of it."""
-        self._follow = compiled(follow_, any_shape=True)
+        """Take one kernel for a step of a matrix, on a GPU, unless layers of many types make many shapes of matrices."""
+        shapes = {group.codes.position.shape for groups in self._groups for group in groups}
+        if len(shapes) <= MOST_SHAPES:
+            self._follow = compiled(follow_)
 
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:
