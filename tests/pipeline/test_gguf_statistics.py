@@ -14,6 +14,7 @@ from lowbit.core.progress import Silent
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline.gguf_names import linear_tensors, row_order
 from lowbit.pipeline.gguf_statistics import importance_matrix
+from lowbit.pipeline.gguf_stream import embedded, grams_of
 from lowbit.pipeline.run import Streams
 from tests.gguf_files import write_gguf
 
@@ -92,3 +93,26 @@ def test_changed_values_are_noticed() -> None:
     stored = torch.randn(4, 8)
     assert row_order(stored, stored * 2) is None
     assert row_order(stored, stored[[0, 0, 1, 2]]) is None
+
+
+def test_gram_matrices_are_those_of_a_literal_run(folder: Path, model: StreamedModel, tmp_path: Path) -> None:
+    """Every input group of the blocks in one pass each, against the whole model's inputs."""
+    from transformers import AutoModelForCausalLM
+
+    windows = torch.randint(0, 512, (5, 32), generator=torch.Generator().manual_seed(0))
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = [group[0] for group in model.architecture.linears]
+    seen: dict[str, torch.Tensor] = {}
+    for path, module in dense.named_modules():
+        if any(path.endswith(f".{name}") for name in names):
+            module.register_forward_pre_hook(lambda _, args, path=path: seen.update({path: args[0].flatten(0, 1)}))
+    with torch.no_grad():
+        dense(windows)
+    states = embedded(model, windows, Streams(64, 2**30, tmp_path))
+    for index in range(len(model.blocks)):
+        with model.block(index) as module:
+            grams = grams_of(model, index, module, names, states)
+        assert list(grams) == names
+        for name, gram in grams.items():
+            inputs = seen[f"{model.block_path(index)}.{name}"]
+            torch.testing.assert_close(gram, inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-5)

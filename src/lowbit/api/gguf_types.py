@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import decode, encode
 from lowbit.methods.kquants.policy import ModelInfo, PolicyOptions, TensorInfo, tensor_types
-from lowbit.pipeline.gguf_names import linear_tensors
-from lowbit.pipeline.gguf_stream import advance, embedded, head_statistics, statistics_of
+from lowbit.pipeline.gguf_names import LinearTensor, linear_tensors
+from lowbit.pipeline.gguf_stream import embedded, grams_of, head_statistics
 from lowbit.pipeline.run import Streams
 from lowbit.pipeline.sensitivity import (
     GRADIENT_WINDOWS,
@@ -79,22 +79,22 @@ class Prices:
         self.progress.start("price", len(model.blocks) + 1)
         states = embedded(model, self.windows, Streams(4096, 2**40, Path(tempfile.gettempdir())))
         for index in range(len(model.blocks)):
+            groups = [own for group in model.architecture.linears if (own := self._of(index, group))]
             with torch.no_grad(), model.block(index) as module:
-                for group in model.architecture.linears:
-                    own = [linear for linear in self.linears.values() if linear.block == index and linear.name in group]
-                    if not own:
-                        continue
-                    gram = statistics_of(model, index, module, own[0].name, states).gram
-                    assert gram is not None
+                grams = grams_of(model, index, module, [own[0].name for own in groups], states)
+                for own in groups:
                     for linear in own:
                         weight = module.get_submodule(linear.name).get_parameter("weight").float()
                         weight = weight.T if model.architecture.transposed else weight
-                        self._add(linear.tensor, weight, gram, found.layers[linear.path])
-                advance(model, index, module, states)
+                        self._add(linear.tensor, weight, grams[own[0].name], found.layers[linear.path])
             self.progress.advance()
         self._outside(found, head_statistics(model, states).gram)
         self.progress.advance()
         return self.parts
+
+    def _of(self, index: int, group: Sequence[str]) -> list[LinearTensor]:
+        """The layers of a block that share an input."""
+        return [linear for linear in self.linears.values() if linear.block == index and linear.name in group]
 
     def _outside(self, found: Sensitivity, gram: Tensor | None) -> None:
         """The head, and the embedding: a tied one is both."""

@@ -98,7 +98,7 @@ def _fitting(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine)
     back = min(work.windows, GRADIENT_WINDOWS) * work.tokens
     rows = sum(min(tensor.rows, PRICED_ROWS) * tensor.shape[-1] for tensor in matrices)
     grams = sum(2.0 * tensor.shape[-1] ** 2 * count for tensor in matrices if _INPUT.search(tensor.name))
-    passes = 2 * _weights(matrices) * (2 * count + _PASSES_BACK * back)
+    passes = 2 * _weights(matrices) * (count + _PASSES_BACK * back)
     return len(PRICED_TYPES) * _SEARCH[machine.kind] * rows / machine.exact + (grams + passes) / machine.fast
 
 

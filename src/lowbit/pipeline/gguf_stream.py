@@ -76,6 +76,26 @@ def statistics_of(
     return statistics
 
 
+def grams_of(
+    model: StreamedModel, index: int, module: nn.Module, names: Sequence[str], states: Activations
+) -> dict[str, Tensor]:
+    """Gram matrices of the inputs of several modules of the block, by name; takes the states through it, in place."""
+    found: dict[str, InputStatistics] = {}
+
+    def visit(name: str, inputs: Tensor) -> None:
+        if name not in found:
+            found[name] = InputStatistics(inputs.shape[-1], model.device, sizes=False)
+        found[name].add(inputs)
+
+    advance(model, index, module, states, visit, names)
+    grams = {}
+    for name, statistics in found.items():
+        statistics.finish()
+        assert statistics.gram is not None
+        grams[name] = statistics.gram
+    return grams
+
+
 def head_statistics(model: StreamedModel, states: Activations, original: Activations | None = None) -> InputStatistics:
     """Gram matrix of the inputs of the output head, from the last block's outputs; `original` are the unquantized
     model's, to compare with."""
