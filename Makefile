@@ -28,7 +28,7 @@ demo: venv
 	$(VENV)/bin/lowbit demo --output lowbit-demo
 
 test: venv lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(VENV)/bin/ruff check src tests benchmarks
