@@ -27,8 +27,8 @@ def here(lowbit_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> R
 def test_bench_of_a_running_server(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWBIT_API_KEY", "secret")
     with stub(key="secret") as (url, _):
-        done = here("bench", url, "--concurrency", "1,2", "--num-requests", "4", "--output-len", "3", "--json")  # fmt: skip
-        shown = here("bench", url, "--concurrency", "1", "--num-requests", "2", "--markdown", "--quiet")  # fmt: skip
+        done = here("bench", url, "--concurrency", "1,2", "--num-requests", "4", "--output-len", "3", "--json")
+        shown = here("bench", url, "--concurrency", "1", "--num-requests", "2", "--markdown", "--quiet")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [(row["load"]["concurrency"], row["load"]["output_tokens"]) for row in rows] == [(1, 12), (2, 12)]

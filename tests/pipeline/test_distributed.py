@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from lowbit.core.checkpoint import open_checkpoint
-from lowbit.core.distributed import ALONE, World
+from lowbit.core.distributed import ALONE, World, check_windows
+from lowbit.core.errors import RecipeError
 from lowbit.core.statistics import InputStatistics
 from lowbit.formats.reader import ArtifactCheckpoint
 from tests.in_process import Run
@@ -164,13 +165,19 @@ def test_what_cannot_be_shared_is_refused_before_processes_are_started(
         "quantize", tiny_llama, "-o", tmp_path / "out", *given, "--gpus", 2, "--device", "cpu", *flags
     )
     assert refused.returncode == 2
+    assert refused.stderr.count("error:") == 1
     assert said in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
+def test_windows_are_at_least_as_many_as_processes() -> None:
+    check_windows(2, 2)
+    with pytest.raises(RecipeError, match="1 calibration windows cannot be shared by 2 processes"):
+        check_windows(1, 2)
+
+
 def test_more_gpus_than_there_are() -> None:
     from lowbit.api.launch import check_gpus
-    from lowbit.core.errors import RecipeError
 
     with pytest.raises(RecipeError, match="this machine has"):
         check_gpus(torch.cuda.device_count() + 1, "auto")

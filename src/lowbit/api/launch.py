@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.core import errors
+from lowbit.core.distributed import GGUF_MADE, LEARNED, check_windows, refuse_several_processes
 from lowbit.core.errors import DistributedError, LowbitError, RecipeError
 from lowbit.recipe import Recipe
 
@@ -37,17 +38,10 @@ def check_gpus(count: int, device: str) -> None:
 def check_shared(recipe: Recipe, count: int) -> None:
     """Raises RecipeError for what `count` processes cannot share, before they are started for it."""
     if recipe.format == "gguf":
-        raise RecipeError("GGUF files are made by one process only", hint="leave --gpus out")
+        refuse_several_processes(GGUF_MADE, count)
     if recipe.tune.steps or recipe.method == "autoround":
-        raise RecipeError(
-            "rounding and scales are learned (--effort best, --tune, autoround) by one process only",
-            hint="leave --gpus out",
-        )
-    if recipe.calibration.num_samples < count:
-        raise RecipeError(
-            f"{recipe.calibration.num_samples} calibration windows cannot be shared by {count} processes",
-            hint="more --num-samples, or fewer GPUs",
-        )
+        refuse_several_processes(LEARNED, count)
+    check_windows(recipe.calibration.num_samples, count)
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:

@@ -23,8 +23,15 @@ from lowbit.api.work_directory import check_place, work_directory
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.distributed import World, joined, own_device, refuse_several_processes
-from lowbit.core.errors import RecipeError
+from lowbit.core.distributed import (
+    GGUF_MADE,
+    LEARNED,
+    World,
+    check_windows,
+    joined,
+    own_device,
+    refuse_several_processes,
+)
 from lowbit.core.hardware import calibration_dtype, free_memory_on, peak_memory_mib, pick_device, reset_peak_memory
 from lowbit.core.progress import Progress, Silent
 from lowbit.core.scheme import DTYPES
@@ -76,7 +83,7 @@ def quantize(
     place = settings.device, settings.revision
     recipe = resolved(recipe, effort, model, *place, tune_steps=steps, tune_codes=tune_codes)
     if recipe.format == "gguf":
-        refuse_several_processes("GGUF files are made")
+        refuse_several_processes(GGUF_MADE)
         from lowbit.api.gguf import quantize_gguf
 
         return quantize_gguf(model, output=Path(output), recipe=recipe, settings=settings, progress=progress)
@@ -128,7 +135,7 @@ class _Run:
         self.plan = make_plan(recipe, self.model)
         check_last_pass(recipe, self.model, has_codes=any(has_even_codes(layer) for layer in self.plan.layers.values()))
         if recipe.tune.steps or learning_layers(self.plan.layers):
-            refuse_several_processes("rounding and scales are learned (--effort best, --tune, autoround)")
+            refuse_several_processes(LEARNED)
 
     def to(self, output: Path) -> Result:
         reset_peak_memory(self.device)
@@ -139,11 +146,8 @@ class _Run:
             if self.plan.needs_calibration:
                 self.model.announce()
             windows = world.from_leader(lambda: self._calibration_windows(work))
-            if windows is not None and len(windows) < world.size:
-                raise RecipeError(
-                    f"{len(windows)} calibration windows cannot be shared by {world.size} processes",
-                    hint="more --num-samples, or fewer GPUs",
-                )
+            if windows is not None:
+                check_windows(len(windows), world.size)
             digest = None if windows is None else windows_digest(windows)
             result = self._output(work, digest, world)
             report = run(

@@ -146,10 +146,24 @@ def leads() -> bool:
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
-def refuse_several_processes(what: str) -> None:
-    """Raises RecipeError when torchrun started several processes, for work that only one can do."""
-    if started_by_torchrun():
+# work that only one process can do
+GGUF_MADE = "GGUF files are made"
+LEARNED = "rounding and scales are learned (--effort best, --tune, autoround)"
+
+
+def refuse_several_processes(what: str, count: int | None = None) -> None:
+    """Raises RecipeError for GGUF_MADE or LEARNED by several processes: `count` of them, or those that torchrun started."""
+    if started_by_torchrun() if count is None else count > 1:
         raise RecipeError(f"{what} by one process only", hint="run it without --gpus and without torchrun")
+
+
+def check_windows(windows: int, processes: int) -> None:
+    """Raises RecipeError where there are not as many calibration windows as processes."""
+    if windows < processes:
+        raise RecipeError(
+            f"{windows} calibration windows cannot be shared by {processes} processes",
+            hint="more --num-samples, or fewer GPUs",
+        )
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -93,8 +93,9 @@ def tune(
         factors.values.copy_(reached)
         if codes is not None:
             # a continued run does as the whole one, however few steps are left: compiled sums are rounded otherwise
-            fast = options.steps >= _COMPILED_FROM and can_compile(base.device)
-            if base.device.type == "cuda" and options.steps >= _COMPILED_FROM and not fast:
+            worth_it = base.device.type == "cuda" and options.steps >= _COMPILED_FROM
+            fast = worth_it and can_compile(base.device)
+            if worth_it and not fast:
                 progress.warn(
                     "torch.compile does not work here (it needs Triton and a C compiler): training is 3 times slower"
                 )
