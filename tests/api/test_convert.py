@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lowbit.api.convert import convert
-from lowbit.api.quantize import quantize, read_record, verify_checksums
+from lowbit.api.quantize import quantize
+from lowbit.api.record import read_record, verify_checksums
 from lowbit.api.run import Settings
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.errors import FormatError, OutputError

@@ -1,10 +1,18 @@
 """One factorization against the textbook's: invert in float64, then factor the inverse."""
 
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
+import lowbit.methods.hessian as hessian_module
+from lowbit.core.distributed import World
 from lowbit.core.errors import CalibrationError
-from lowbit.methods.hessian import factor, invert_lower_, turn_
+from lowbit.methods.hessian import factor, invert_lower_, shared_inverse_factor_, turn_
 
 
 def positive(columns: int, seed: int = 0) -> torch.Tensor:
@@ -59,3 +67,62 @@ def test_triangular_inverse_of_parts() -> None:
     inverse = lower.clone()
     invert_lower_(inverse)
     torch.testing.assert_close(inverse @ lower, torch.eye(1100, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+class Together:
+    """What processes tell each other, between threads of this one."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.said = size, threading.Barrier(size, timeout=60), [torch.empty(0)] * size
+
+    def run(self, work: Callable[[World], Any]) -> list[Any]:
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(lambda rank: work(Member(rank, self.size, self)), range(self.size)))
+
+
+@dataclass(frozen=True)
+class Member(World):
+    others: Together | None = None
+
+    def same_(self, tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
+        return tensor.copy_(self._told(tensor)[rank])
+
+    def concatenate(self, part: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        told = self._told(part)
+        assert [len(one) for one in told] == list(lengths)
+        return torch.cat(told)
+
+    def _told(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        assert self.others is not None
+        assert tensor.is_contiguous()
+        self.others.said[self.rank] = tensor.clone()
+        self.others.barrier.wait()
+        said = list(self.others.said)
+        self.others.barrier.wait()
+        return said
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("columns", [1, 16, 64, 100])
+def test_shared_inverse_factor_is_the_inverse_of_the_cholesky_factor(columns: int, processes: int) -> None:
+    hessian = positive(columns) + 0.02 * torch.eye(columns)
+    matrices = [hessian.clone() for _ in range(processes)]
+    done = Together(processes).run(lambda world: shared_inverse_factor_(matrices[world.rank], world, width=16))
+    assert done == [True] * processes
+    expected = torch.linalg.inv(torch.linalg.cholesky(hessian.double()))
+    torch.testing.assert_close(matrices[0].double(), expected, rtol=1e-3, atol=1e-4)
+    assert matrices[0].triu(1).eq(0).all()
+    assert all(matrix.equal(matrices[0]) for matrix in matrices)
+
+
+def test_shared_factor_is_the_one_that_a_process_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "_SHARED", 8)
+    monkeypatch.setattr(hessian_module, "_WIDTH", 8)
+    hessian, order = positive(40), torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    hessian[0, 1] = hessian[1, 0] = 1.3 * hessian.diagonal()[:2].max()  # not positive definite until it is damped
+    alone, *shared = [factor(hessian, order, 0.01), *Together(2).run(lambda world: factor(hessian, order, 0.01, world))]
+    assert alone.damp > 0.01
+    for one in shared:
+        assert one.damp == alone.damp
+        torch.testing.assert_close(one.upper, alone.upper, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.cost, alone.cost, rtol=1e-3, atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowbit.api.quantize import read_record
+from lowbit.api.record import read_record
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.contracts import TensorSpec
 from lowbit.core.errors import FormatError, OutputError

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.api.quantize import verify_checksums
+from lowbit.api.record import verify_checksums
 from lowbit.core.errors import CheckpointError, OutputError, RecipeError
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.api.calibration import calibration_windows, held_out_windows
+from lowbit.api.calibration import calibration_windows, held_out_windows, sampled_windows
 from lowbit.api.effort import resolved
 from lowbit.api.last_pass import check_last_pass, last_pass_options, last_pass_windows
+from lowbit.api.record import record_of
 from lowbit.api.run import Result, Settings, run_cost
 from lowbit.api.work_directory import check_place, work_directory
 from lowbit.core.checkpoint import open_checkpoint
@@ -47,10 +47,11 @@ from lowbit.pipeline.journal import Journal
 from lowbit.pipeline.learn import learning_layers
 from lowbit.pipeline.output import Output, WrittenOutput
 from lowbit.pipeline.plan import Plan, make_plan
+from lowbit.pipeline.rehearsal import rehearsing
 from lowbit.pipeline.run import RunReport, Streams, run
 from lowbit.pipeline.self_sampling import remove_samples
 from lowbit.pipeline.tuned import has_even_codes, remove_tuning, tune_artifact
-from lowbit.pipeline.writer import ShardedWriter, output_errors, sha256_of, write_json
+from lowbit.pipeline.writer import ShardedWriter, output_errors, write_json
 from lowbit.recipe import Recipe, preset, preset_names
 from lowbit.report.card import model_card
 
@@ -141,11 +142,14 @@ class _Run:
         reset_peak_memory(self.device)
         started = time.monotonic()
         work = work_directory(output)
+        rehearsal = self._rehearsal()
         with joined(self.device) as world:
             world.from_leader(lambda: check_place(output, work, restart=self.settings.restart))
             if self.plan.needs_calibration:
                 self.model.announce()
             windows = world.from_leader(lambda: self._calibration_windows(work))
+            if rehearsal is not None:
+                rehearsal.result()
             if windows is not None:
                 check_windows(len(windows), world.size)
             digest = None if windows is None else windows_digest(windows)
@@ -195,6 +199,13 @@ class _Run:
     def _follower(self, output: Path, report: RunReport, digest: str | None, seconds: float) -> Result:
         cost = run_cost(report.resumed_blocks, seconds, 0.0, peak_memory_mib(self.device))
         return Result(output, self._record(report, {}, digest, None), cost)
+
+    def _rehearsal(self) -> Future[None] | None:
+        """A GPU gets warm while text is cut into tokens; where the model writes some it does so by itself."""
+        idle = self.device.type == "cuda" and self.plan.needs_calibration
+        if not idle or sampled_windows(self.recipe.calibration):
+            return None
+        return rehearsing(self.plan, self.device, self.model.dtype)
 
     def _calibration_windows(self, work: Path) -> Tensor | None:
         if not self.plan.needs_calibration and not self.recipe.tune.steps:
@@ -258,45 +269,19 @@ class _Run:
     def _record(
         self, report: RunReport, checksums: Mapping[str, str], digest: str | None, measurement: Measurement | None
     ) -> dict[str, Any]:
-        weights, bits = self.plan.quantized_bits()
-        return {
-            "lowbit": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "base": {
-                "name": self.name,
-                "identity": self.checkpoint.identity(),
-                "model_type": self.source.config.get("model_type"),
-                "bytes": sum(spec.nbytes for spec in self.checkpoint.tensors.values()),
-            },
-            "calibration": {"windows_sha256": digest} if digest else None,
-            "versions": {"torch": torch.__version__, "compute": f"{self.device.type} {self.model.dtype}"},
-            "bits_per_weight": bits / weights if weights else self.plan.dtype.itemsize * 8,
-            "bytes": self.plan.nbytes,
-            "layers": {
-                path: {
-                    "scheme": dataclasses.asdict(layer.scheme),
-                    "method": layer.method.name,
-                    "shape": list(layer.shape),
-                    "error": report.errors.get(path),
-                    **({"notes": report.notes[path]} if path in report.notes else {}),
-                }
-                for path, layer in self.plan.layers.items()
-            },
-            "checksums": dict(checksums),
-            "verification": measurement.to_dict() if measurement else None,
+        base = {
+            "name": self.name,
+            "identity": self.checkpoint.identity(),
+            "model_type": self.source.config.get("model_type"),
+            "bytes": sum(spec.nbytes for spec in self.checkpoint.tensors.values()),
         }
-
-
-def read_record(artifact: Path) -> dict[str, Any] | None:
-    """The lowbit.json of an artifact, or None."""
-    file = artifact / "lowbit.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def verify_checksums(artifact: Path, record: Mapping[str, Any]) -> list[str]:
-    """Names of files that are missing or differ from their recorded checksum."""
-    return [
-        name
-        for name, digest in record.get("checksums", {}).items()
-        if not (artifact / name).is_file() or sha256_of(artifact / name) != digest
-    ]
+        return record_of(
+            self.plan,
+            self.model,
+            base,
+            self.recipe,
+            report,
+            checksums=checksums,
+            calibration=digest,
+            measurement=measurement,
+        )

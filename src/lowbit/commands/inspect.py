@@ -46,7 +46,7 @@ def inspect(
 
 
 def _changed(artifact: Path, record: dict[str, Any]) -> list[str]:
-    from lowbit.api.quantize import verify_checksums
+    from lowbit.api.record import verify_checksums
 
     return verify_checksums(artifact, record)
 

@@ -70,8 +70,8 @@ class World:
         """What the leader computes, given to all. Its LowbitErrors end the leader, and with it the others."""
         return compute()
 
-    def same_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the leader's."""
+    def same_(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """Replace a contiguous tensor by that of one process, of the leader by default."""
         return tensor
 
 
@@ -123,9 +123,9 @@ class _Ranks(World):
             torch.distributed.broadcast_object_list(value, src=0)
         return value[0]  # type: ignore[return-value]  # filled in by now: the leader's
 
-    def same_(self, tensor: Tensor) -> Tensor:
+    def same_(self, tensor: Tensor, rank: int = 0) -> Tensor:
         with self._talking_about(tensor):
-            torch.distributed.broadcast(tensor, src=0)
+            torch.distributed.broadcast(tensor, src=rank)
         return tensor
 
     @contextmanager

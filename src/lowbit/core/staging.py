@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class Upload:
     def tensor(self, tensor: Tensor) -> Tensor:
         """A tensor of the CPU on the GPU, contiguous."""
         flat = tensor.contiguous().view(-1).view(torch.uint8)
-        data = self.filled(len(flat), lambda start, piece: piece.copy_(flat[start : start + len(piece)]))
+        data = self.filled(len(flat), lambda start, piece: _copy_plainly(piece, flat[start : start + len(piece)]))
         return data.view(tensor.dtype).view(tensor.shape)
 
     def _copy(self, start: int, fill: Callable[[int, Tensor], object], data: Tensor) -> None:
@@ -85,9 +86,15 @@ class Download:
             tensor = tensor.contiguous()
         data, at = torch.empty(tensor.nbytes, dtype=torch.uint8), 0
         for piece in self.pieces(tensor.view(-1).view(torch.uint8), ready):
-            data[at : at + len(piece)] = piece
+            _copy_plainly(data[at : at + len(piece)], piece)
             at += len(piece)
         return data.view(tensor.dtype).view(tensor.shape)
+
+
+def _copy_plainly(target: Tensor, source: Tensor) -> None:
+    """Copy bytes [n] on the CPU in this thread alone: PyTorch would share a copy out among all cores, in every thread and in
+    every process that quantizes, and the thread that launches kernels has to wait for one of them."""
+    numpy.copyto(target.numpy(), source.numpy())
 
 
 def _page_locked() -> Tensor:

@@ -31,6 +31,7 @@ class InputStatistics:
     tokens: number of tokens summed.
     sample: [tokens / sample_every, in], every so manieth token's input as it is; None without `sample_every`.
     before: tokens that other processes see before this one's, so that all together sample the same ones.
+    world: after `finish`, the processes that all have these sums, and may share what is computed from them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class InputStatistics:
     ) -> None:
         self.features, self.before = features, before
         self.sizes, self.sample_every = sizes, sample_every
+        self.world = ALONE
         self.sample: Tensor | None = None
         self._samples: list[Tensor] = []
         self.tokens = 0
@@ -72,6 +74,7 @@ class InputStatistics:
     def finish(self, world: World = ALONE) -> None:
         """Join the sums of all processes, and turn the matrices into means over tokens, in place: at a 7B's down
         projection each is half a GiB."""
+        self.world = world
         self.tokens = world.total(self.tokens)
         if self.gram is not None:
             _mirror_(self.gram)

@@ -68,7 +68,7 @@ def quantize(
     hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
     damp = options.percdamp * hessian.diagonal().mean().item()
     toward = _Toward(weight, statistics) if options.asymmetric else None
-    factored = factor(hessian, _order(hessian, options), damp)
+    factored = factor(hessian, _order(hessian, options), damp, statistics.world)
     target = weight if toward is None else toward.original(factored, options.asymmetric)
 
     moved = scheme.reordered

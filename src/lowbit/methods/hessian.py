@@ -8,11 +8,13 @@ the operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.core.distributed import ALONE, World
 from lowbit.core.errors import CalibrationError
 from lowbit.core.statistics import blocks_above_diagonal
 
@@ -20,7 +22,9 @@ _DAMP_RETRIES = 4
 # triangles of this width are inverted by substitution, larger ones from their parts
 _SMALL = 512
 # rows that are exchanged at a time
-_ROWS = 64
+_ROWS = 1024
+# columns that one process works on at a time, and from how many on processes share the work
+_WIDTH, _SHARED = 512, 2048
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,19 @@ class Factor:
         return left.index_copy(1, self.order, ordered)
 
 
-def factor(hessian: Tensor, order: Tensor, damp: float) -> Factor:
-    """Factor hessian [in, in] float32 + damp I; `damp` grows tenfold on each failure. Raises CalibrationError in the end."""
+def factor(hessian: Tensor, order: Tensor, damp: float, world: World = ALONE) -> Factor:
+    """Factor hessian [in, in] float32 + damp I; `damp` grows tenfold on each failure. Raises CalibrationError in the end.
+
+    world: processes that call this with the same matrix, and share the work where it is large.
+    """
     backwards = order.flip(0)
     for retry in range(_DAMP_RETRIES):
         raised = damp * 10**retry
         # one matrix is overwritten throughout: at a 7B's down projection each copy is half a GiB
         matrix = hessian[backwards[:, None], backwards]
         matrix.diagonal().add_(raised)
-        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-        # seen from its transpose the matrix is in LAPACK's own order, so that no copy is made of it
-        torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
-        if ((failed == 0) & torch.isfinite(matrix.diagonal()).all()).item():
-            invert_lower_(matrix)
+        share = world.size > 1 and len(order) >= _SHARED
+        if shared_inverse_factor_(matrix, world, _WIDTH) if share else _inverse_factor_(matrix):
             turn_(matrix)
             in_order = matrix.diagonal().square().reciprocal()
             return Factor(matrix, order, raised, torch.empty_like(in_order).index_copy_(0, order, in_order))
@@ -69,6 +73,71 @@ def factor(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         "the Hessian of a layer's inputs could not be factored, even damped by 10 times its mean diagonal",
         hint="calibrate on other or more text (--dataset, --num-samples), or use --method rtn (GGUF: --refine imatrix)",
     )
+
+
+def _inverse_factor_(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix [n, n] by L^-1, where it is L L^T. Returns whether it was positive definite."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    # seen from its transpose the matrix is in LAPACK's own order, so that no copy is made of it
+    torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
+    if not ((failed == 0) & torch.isfinite(matrix.diagonal()).all()).item():
+        return False
+    invert_lower_(matrix)
+    return True
+
+
+def shared_inverse_factor_(matrix: Tensor, world: World, width: int) -> bool:
+    """The same by several processes: each has every so manieth block of `width` columns, of what is left of the matrix and of
+    L^-1, and whoever has the block in turn tells the others that column of L.
+
+    L^-1 comes row by row: X_kj = -L_kk^-1 sum_m L_km X_mj (j < k), the sums growing with every column of L (m < k).
+    """
+    size = len(matrix)
+    blocks = [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    owned = [blocks[rank :: world.size] for rank in range(world.size)]
+    columns = [sum(block.stop - block.start for block in one) for one in owned]
+    inverse = matrix.new_zeros(size, columns[world.rank])  # this process's columns, side by side
+    reached = 0  # of them, those that begin at or above the diagonal's present place
+    for number, here in enumerate(blocks):
+        owner, wide = number % world.size, here.stop - here.start
+        column = matrix.new_empty(size - here.start, wide)
+        if owner == world.rank:
+            _fill_column(column, matrix, here)
+        world.same_(column, owner)
+        corner, below = column[:wide], column[wide:]
+        inverse[here, :reached] = torch.mm(corner, inverse[here, :reached]).neg_()
+        if owner == world.rank:
+            inverse[here, reached : reached + wide] = corner
+            reached += wide
+        inverse[here.stop :, :reached].addmm_(below, inverse[here, :reached])
+        for later in owned[world.rank][len(range(world.rank, number + 1, world.size)) :]:
+            rows, beside = column[later.start - here.start :], later.stop - later.start
+            matrix[later.start :, later].addmm_(rows, rows[:beside].T, alpha=-1)
+    _gather_columns(matrix, inverse, owned, columns, world)
+    return bool(torch.isfinite(matrix.diagonal()).all().item())
+
+
+def _fill_column(column: Tensor, matrix: Tensor, here: slice) -> None:
+    """A block of columns of L from the diagonal down [n, wide]; on top L_kk^-1 instead of L_kk, NaN if there is none."""
+    wide = here.stop - here.start
+    corner, failed = torch.linalg.cholesky_ex(matrix[here, here])
+    invert_lower_(corner)
+    column[:wide] = torch.where(failed == 0, corner, torch.nan)
+    torch.mm(matrix[here.stop :, here], column[:wide].T, out=column[wide:])
+
+
+def _gather_columns(
+    matrix: Tensor, own: Tensor, owned: Sequence[Sequence[slice]], columns: Sequence[int], world: World
+) -> None:
+    """Fill the matrix with the columns that all processes have."""
+    size = len(matrix)
+    lengths = [size * count for count in columns]
+    for blocks, part in zip(owned, torch.split(world.concatenate(own.view(-1), lengths), lengths), strict=True):
+        start, part = 0, part.view(size, -1)
+        for block in blocks:
+            stop = start + block.stop - block.start
+            matrix[:, block] = part[:, start:stop]
+            start = stop
 
 
 def invert_lower_(matrix: Tensor) -> None:

@@ -10,13 +10,16 @@ The results are those of the PyTorch loops in columns.py but for float32 roundin
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowbit.core.primitives import Grid
 
-_ROWS, _NEAR = 16, 32
+# rows of a program: few where the matrix has few, since then the card has room for more programs, and each ends sooner
+_ROWS, _FEW_ROWS, _FEW = 16, 2, 4096
+_NEAR = 32
 
 
 @triton.jit
@@ -111,14 +114,30 @@ def _descend(  # type: ignore[no-untyped-def]  # Triton's
         tl.debug_barrier()
 
 
+@triton.jit
+def _nothing():  # type: ignore[no-untyped-def]  # Triton's
+    pass
+
+
+def load(device: torch.device) -> None:
+    """Have Triton read and check itself, half a second before any first kernel, in a thread that has nothing else to do."""
+    with torch.cuda.device(device):
+        _nothing[(1,)]()
+
+
+def _rows_of_program(rows: int) -> int:
+    return _FEW_ROWS if rows <= _FEW else _ROWS
+
+
 def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """columns.compensate."""
     rows, width = weight.shape
     codes, errors = weight.new_empty(rows, width), weight.new_empty(rows, width)
     scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
-    _compensate[(triton.cdiv(rows, _ROWS),)](
+    at_once = _rows_of_program(rows)
+    _compensate[(triton.cdiv(rows, at_once),)](
         weight, weight.stride(0), factor, *factor.stride(), scale, zero, scale.shape[1], groups,
-        codes, errors, rows, width, float(max_code), NEAR=_NEAR, R=_ROWS, num_warps=1,
+        codes, errors, rows, width, float(max_code), NEAR=_NEAR, R=at_once, num_warps=1,
     )  # fmt: skip
     return codes, errors
 
@@ -128,8 +147,9 @@ def descend_(gradient: Tensor, hessian: Tensor, grid: Grid, groups: Tensor, code
     rows, width = gradient.shape
     moved = gradient.new_empty(rows, width)
     scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
-    _descend[(triton.cdiv(rows, _ROWS),)](
+    at_once = _rows_of_program(rows)
+    _descend[(triton.cdiv(rows, at_once),)](
         gradient, gradient.stride(0), hessian, hessian.stride(0), scale, zero, scale.shape[1], groups,
-        codes, codes.stride(0), moved, rows, width, float(max_code), NEAR=_NEAR, R=_ROWS, num_warps=1,
+        codes, codes.stride(0), moved, rows, width, float(max_code), NEAR=_NEAR, R=at_once, num_warps=1,
     )  # fmt: skip
     return moved

@@ -79,6 +79,11 @@ class Plan:
         """Whether any transform or any layer's method wants statistics, or scales of inputs are stored."""
         return bool(self.transforms or self.kv_cache) or any(layer.needs.calibration for layer in self.layers.values())
 
+    def scale_dtype(self, layer: LayerPlan) -> torch.dtype:
+        """What the layer's scales are stored in."""
+        assert self.format is not None
+        return self.format.scale_dtype(layer.scheme, self.dtype)
+
     def quantized_bits(self) -> tuple[int, int]:
         """(weights in quantized layers, bits they take with all their metadata)."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())

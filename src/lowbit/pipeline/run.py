@@ -28,7 +28,7 @@ from lowbit.pipeline.kv_cache import scale_names
 from lowbit.pipeline.learn import learn_block, learning_layers
 from lowbit.pipeline.output import Output
 from lowbit.pipeline.passage import BEHIND, HalvesFinder, Passage
-from lowbit.pipeline.plan import LayerPlan, Plan
+from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.streams import Streams as Streams
 from lowbit.pipeline.streams import calibration_states as calibration_states
 from lowbit.pipeline.streams import embed, replay
@@ -111,7 +111,7 @@ class _Blocks:
                 plan.layers,
                 self._passage(index, module, self.arriving),
                 self._passage(index, module, self.original, weights),
-                lambda layer: _scale_dtype(plan, layer),
+                plan.scale_dtype,
                 plan.transforms,
                 self.world,
             )
@@ -195,11 +195,6 @@ def _outside(plan: Plan, model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
     for name in plan.layout:
         if not name.startswith(blocks):
             yield name, model.read_outside(name).to(plan.dtype)
-
-
-def _scale_dtype(plan: Plan, layer: LayerPlan) -> torch.dtype:
-    assert plan.format is not None
-    return plan.format.scale_dtype(layer.scheme, plan.dtype)
 
 
 def _fill_finished(directory: Path, model: StreamedModel, index: int, module: torch.nn.Module) -> None:
