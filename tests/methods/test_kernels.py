@@ -11,7 +11,7 @@ from lowbit.methods import columns
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-@pytest.mark.parametrize(("rows", "count"), [(75, 96), (16, 128), (300, 40)])
+@pytest.mark.parametrize(("rows", "count"), [(75, 96), (16, 128), (300, 40), (4200, 48)])
 def test_loops_equal_pytorchs(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "available", lambda: False)
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,10 @@ def fit_scales(
     """
     count = grid.scale.shape[1]
     offsets = codes - by_column(grid.zero, groups)
-    slope = torch.addcmul(weight, offsets, by_column(grid.scale, groups), value=-1) @ hessian
+    residual = torch.addcmul(weight, offsets, by_column(grid.scale, groups), value=-1)
+    # here and below: the best scale or code is found as well (docs/performance.md)
+    with tensor_float32_products(weight.device):
+        slope = residual @ hessian
     by_group = torch.argsort(groups, stable=True)
     if not torch.equal(groups[by_group], groups):  # groups that moved with their columns: put them side by side
         offsets, slope, hessian = offsets[:, by_group], slope[:, by_group], hessian[by_group[:, None], by_group]
@@ -78,7 +81,8 @@ def descend_codes(
     residual = torch.addcmul(weight, codes - by_column(grid.zero, groups), by_column(grid.scale, groups), value=-1)
     for first in range(0, weight.shape[1], block * _WIDE):
         last = min(first + block * _WIDE, weight.shape[1])
-        gradients = residual @ hessian[:, first:last]
+        with tensor_float32_products(weight.device):
+            gradients = residual @ hessian[:, first:last]
         for start in range(first, last, block):
             stop = min(start + block, last)
             gradient, here = gradients[:, start - first : stop - first], slice(start, stop)
