@@ -65,8 +65,8 @@ def agreement(first: Path, second: Path, within: str = "") -> tuple[float, float
 
 @pytest.fixture(scope="module")
 def deep(make_model: Callable[..., Path]) -> Path:
-    """With blocks enough to be killed in the midst of them."""
-    return make_model(num_hidden_layers=8)
+    """With blocks enough to be killed in the midst of them, and a layer so wide that processes share its factor."""
+    return make_model(num_hidden_layers=8, intermediate_size=2048)
 
 
 @pytest.fixture(scope="module")
