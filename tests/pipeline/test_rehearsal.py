@@ -18,7 +18,7 @@ from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.rehearsal import rehearse, rehearsing
-from lowbit.recipe import preset
+from lowbit.recipe import Recipe, preset, preset_names
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,13 @@ def test_nothing_is_rehearsed_without_calibration(tiny_llama: Path) -> None:
 
     layers = {path: replace(one, method=replace(one.method, quantize=never)) for path, one in found.layers.items()}
     rehearse(replace(found, layers=layers), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_it_stands_in_no_preset_way(tiny_llama: Path, name: str) -> None:
+    found, _ = plan(tiny_llama, recipe=with_small_groups(preset(name)))
+    rehearse(found, CPU, torch.float32)
+
+
+def with_small_groups(recipe: Recipe) -> Recipe:
+    return recipe.updated(group_size=32) if recipe.group_size not in (None, 0, 16, 32) else recipe
