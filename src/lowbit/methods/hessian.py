@@ -110,7 +110,7 @@ def shared_inverse_factor_(matrix: Tensor, world: World, width: int) -> bool:
             inverse[here, reached : reached + wide] = corner
             reached += wide
         inverse[here.stop :, :reached].addmm_(below, inverse[here, :reached])
-        for later in owned[world.rank][len(range(world.rank, number + 1, world.size)) :]:
+        for later in (block for block in owned[world.rank] if block.start > here.start):
             rows, beside = column[later.start - here.start :], later.stop - later.start
             matrix[later.start :, later].addmm_(rows, rows[:beside].T, alpha=-1)
     _gather_columns(matrix, inverse, owned, columns, world)

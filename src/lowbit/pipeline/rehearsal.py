@@ -22,7 +22,7 @@ _ROWS, _TOKENS = 1024, 4096
 def rehearsing(plan: Plan, device: torch.device, dtype: torch.dtype) -> Future[None]:
     """Rehearse in a thread; nothing else may compute on the GPU until it is done. dtype: of the inputs."""
     threads = ThreadPoolExecutor(2, thread_name_prefix="rehearsal")
-    if device.type == "cuda":
+    if device.type == "cuda":  # what fails there is not waited for: it fails again where it is used, and is told there
         threads.submit(_load_kernels, device)
     rehearsal = threads.submit(rehearse, plan, device, dtype)
     threads.shutdown(wait=False)
