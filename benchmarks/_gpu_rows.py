@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,7 +50,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. peak: MiB by place. stages: seconds, of runs in this process. peer: made by PEER, not by lowbit."""
+    """One run. peak: MiB by place. stages: seconds, of runs in this process. peer: made by PEER, not by lowbit.
+    errors: relative ones by layer, where the method knows them."""
 
     method: str
     gpus: int
@@ -60,6 +61,7 @@ class Row:
     stages: dict[str, float]
     found: str = ""
     peer: bool = False
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def quantizer(self) -> str:
@@ -98,7 +100,8 @@ def ours(source: Source, arguments: argparse.Namespace, chosen: str, gpus: int, 
             record, peak = result.record, result.run["peak_memory_mib"]
         found = "".join(f"; {fact}" for fact in [*_unseen_experts(record), *_stored_tensors(Path(folder))])
     torch.cuda.empty_cache()
-    return Row(chosen, gpus, source.layers, seconds, peak, stages, found)
+    errors = {path: layer["error"] for path, layer in record["layers"].items() if layer.get("error")}
+    return Row(chosen, gpus, source.layers, seconds, peak, stages, found, errors=errors)
 
 
 def _by_command(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, fields
@@ -141,6 +142,20 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
     for name in dict.fromkeys(row.name for row in rows if not row.peer):
         _print_whole(name, rows, arguments.whole)
+    alone = {(row.quantizer, row.layers): row for row in rows if row.gpus == 1}
+    for row in rows:
+        if row.gpus > 1 and (row.quantizer, row.layers) in alone:
+            _print_beside(row, alone[row.quantizer, row.layers])
+
+
+def _print_beside(row: Row, alone: Row) -> None:
+    """How much sooner several GPUs are done than one, and whether what they made is as good."""
+    print(f"{row.name}, {row.layers} layers: {alone.seconds / row.seconds:.2f} times as fast as one GPU", end="")
+    shares = [row.errors[path] / error for path, error in alone.errors.items()]
+    if shares:
+        print(f"; layers' errors are {statistics.fmean(shares):.4f} of one's", end="")
+        print(f" on average, {min(shares):.4f} to {max(shares):.4f}", end="")
+    print()
 
 
 def _print_whole(name: str, rows: list[Row], layers: int) -> None:
