@@ -120,8 +120,10 @@ def test_shared_factor_is_the_one_that_a_process_finds_alone(monkeypatch: pytest
     monkeypatch.setattr(hessian_module, "_WIDTH", 8)
     hessian, order = positive(40), torch.randperm(40, generator=torch.Generator().manual_seed(1))
     hessian[0, 1] = hessian[1, 0] = 1.3 * hessian.diagonal()[:2].max()  # not positive definite until it is damped
-    alone, *shared = [factor(hessian, order, 0.01), *Together(2).run(lambda world: factor(hessian, order, 0.01, world))]
+    alone, together = factor(hessian, order, 0.01), Together(2)
+    shared = together.run(lambda world: factor(hessian, order, 0.01, world))
     assert alone.damp > 0.01
+    assert all(len(said) for said in together.said), "nothing was shared"
     for one in shared:
         assert one.damp == alone.damp
         torch.testing.assert_close(one.upper, alone.upper, rtol=1e-3, atol=1e-4)

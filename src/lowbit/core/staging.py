@@ -92,8 +92,8 @@ class Download:
 
 
 def _copy_plainly(target: Tensor, source: Tensor) -> None:
-    """Copy bytes [n] on the CPU in this thread alone: PyTorch would share a copy out among all cores, in every thread and in
-    every process that quantizes, and the thread that launches kernels has to wait for one of them."""
+    """Copy bytes [n] on the CPU in this thread alone: there are several such threads already, in each process that quantizes,
+    and PyTorch would share every copy out among all cores, the launching thread's included."""
     numpy.copyto(target.numpy(), source.numpy())
 
 

@@ -58,14 +58,14 @@ def factor(hessian: Tensor, order: Tensor, damp: float, world: World = ALONE) ->
 
     world: processes that call this with the same matrix, and share the work where it is large.
     """
-    backwards = order.flip(0)
+    backwards, share = order.flip(0), world.size > 1 and len(order) >= _SHARED
     for retry in range(_DAMP_RETRIES):
         raised = damp * 10**retry
         # one matrix is overwritten throughout: at a 7B's down projection each copy is half a GiB
         matrix = hessian[backwards[:, None], backwards]
         matrix.diagonal().add_(raised)
-        share = world.size > 1 and len(order) >= _SHARED
-        if shared_inverse_factor_(matrix, world, _WIDTH) if share else _inverse_factor_(matrix):
+        positive = shared_inverse_factor_(matrix, world, _WIDTH) if share else _inverse_factor_(matrix)
+        if positive:
             turn_(matrix)
             in_order = matrix.diagonal().square().reciprocal()
             return Factor(matrix, order, raised, torch.empty_like(in_order).index_copy_(0, order, in_order))
