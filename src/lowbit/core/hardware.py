@@ -35,7 +35,11 @@ def calibration_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 def free_memory_on(device: torch.device) -> int:
     """Bytes that can be taken now: of a GPU, or of this machine within its container's limits."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+    if device.type != "cuda":
+        return free_memory()
+    # PyTorch keeps what was freed, and gives it to whoever asks next
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def memory_of(device: torch.device) -> int:
