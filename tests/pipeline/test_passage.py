@@ -13,6 +13,7 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.pipeline import passage
 from lowbit.pipeline.activations import Activations
 from lowbit.pipeline.passage import BEHIND, BETWEEN, HalvesFinder, Passage
+from lowbit.pipeline.streams import Streams, room_for
 
 CPU = torch.device("cpu")
 
@@ -148,3 +149,15 @@ def test_layers_outside_any_part_have_no_halves(make_model: Callable[..., Path])
     states = arrive(model)
     with torch.no_grad(), model.block(0) as module:
         assert HalvesFinder().find(model, 0, module, states) is None
+
+
+def test_what_is_kept_beside_a_share_of_the_states(tiny_llama: Path, tmp_path: Path) -> None:
+    """One of two processes keeps as much as one alone, as long as states may take that much."""
+    model = StreamedModel(open_checkpoint(tiny_llama), CPU, torch.float32)
+    windows, whole = torch.zeros(6, 16, dtype=torch.long), 6 * 16 * 64 * 4
+    for limit, room in ((10 * whole, whole), (2 * whole, whole), (whole + whole // 2, whole // 2)):
+        streams = Streams(64, limit, tmp_path)
+        share = room_for(model, windows, streams, slice(0, 3), 64, copies=2)
+        assert not share.spilled
+        assert share.room == room
+    assert room_for(model, windows, streams, slice(0, 6), 64, copies=2).spilled

@@ -15,6 +15,7 @@ class Activations:
 
     place: device that holds them. spill: a directory; when given they lie in an unlinked file there instead of memory.
     first, total: which of all the run's windows these are, when several processes share them.
+    room: bytes that may be kept beside them on their way through a block; by default as many as all windows' states take.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Activations:
         *,
         first: int = 0,
         total: int | None = None,
+        room: int | None = None,
     ) -> None:
         self.batch = batch
         self.first, self.total = first, shape[0] if total is None else total
@@ -38,6 +40,7 @@ class Activations:
             with tempfile.NamedTemporaryFile(dir=spill, prefix="activations-") as file:
                 # the mapping outlives the name: the space is given back when the process ends, however it ends
                 self.states = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        self.room = self.states[:1].nbytes * self.total if room is None else room
 
     def batches(self) -> Iterator[slice]:
         """Slices over the windows."""

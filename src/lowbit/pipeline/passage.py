@@ -95,8 +95,8 @@ class Passage:
         return None if self.halves is None or self.at == BEHIND else self.halves.closing[self.at]
 
     def _keep(self, where: slice, inputs: Tensor) -> None:
-        """Keep a layer's inputs of one batch, as long as all that are kept take no more room than the states, or little."""
-        room = 0 if self.states.spilled else max(self.states.states.nbytes, _LITTLE)
+        """Keep a layer's inputs of one batch, as long as all that are kept take no more than the states leave, or little."""
+        room = 0 if self.states.spilled else max(self.states.room, _LITTLE)
         if sum(kept.nbytes for kept in self._kept.values()) + inputs.nbytes <= room:
             self._kept[where.start] = inputs
 

@@ -86,4 +86,6 @@ def room_for(
     spill = streams.spill if nbytes > streams.max_bytes else None
     place = model.device if spill is None else torch.device("cpu")
     batch = _batch(windows, streams)
-    return Activations(shape, model.dtype, place, batch, spill, first=share.start, total=len(windows))
+    # each of several processes keeps as much as one alone would, as long as that is memory that states may take
+    room = min(nbytes // copies // shape[0] * len(windows), streams.max_bytes - nbytes)
+    return Activations(shape, model.dtype, place, batch, spill, first=share.start, total=len(windows), room=room)
