@@ -84,8 +84,14 @@ class Together:
 class Member(World):
     others: Together | None = None
 
-    def same_(self, tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
-        return tensor.copy_(self._told(tensor)[rank])
+    def begin_same_(self, tensor: torch.Tensor, rank: int) -> Callable[[], None]:
+        told = self._told(tensor)[rank]
+        tensor.fill_(torch.nan)  # nobody may look before the wait is over
+
+        def wait() -> None:
+            tensor.copy_(told)
+
+        return wait
 
     def concatenate(self, part: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         told = self._told(part)

@@ -72,7 +72,13 @@ class World:
 
     def same_(self, tensor: Tensor, rank: int = 0) -> Tensor:
         """Replace a contiguous tensor by that of one process, of the leader by default."""
+        self.begin_same_(tensor, rank)()
         return tensor
+
+    def begin_same_(self, tensor: Tensor, rank: int) -> Callable[[], None]:
+        """The same while other work goes on: what is returned waits for it, or has the GPU wait. Nothing may touch the tensor
+        before that."""
+        return lambda: None
 
 
 ALONE = World()
@@ -123,10 +129,15 @@ class _Ranks(World):
             torch.distributed.broadcast_object_list(value, src=0)
         return value[0]  # type: ignore[return-value]  # filled in by now: the leader's
 
-    def same_(self, tensor: Tensor, rank: int = 0) -> Tensor:
+    def begin_same_(self, tensor: Tensor, rank: int) -> Callable[[], None]:
         with self._talking_about(tensor):
-            torch.distributed.broadcast(tensor, src=rank)
-        return tensor
+            work = torch.distributed.broadcast(tensor, src=rank, async_op=True)
+
+        def wait() -> None:
+            with _lost_processes():
+                work.wait()
+
+        return wait
 
     @contextmanager
     def _talking_about(self, tensor: Tensor) -> Iterator[None]:

@@ -88,7 +88,7 @@ def _inverse_factor_(matrix: Tensor) -> bool:
 
 def shared_inverse_factor_(matrix: Tensor, world: World, width: int) -> bool:
     """The same by several processes: each has every so manieth block of `width` columns, of what is left of the matrix and of
-    L^-1, and whoever has the block in turn tells the others that column of L.
+    L^-1, and whoever has the block in turn tells the others that column of L, while they still work with the one before.
 
     L^-1 comes row by row: X_kj = -L_kk^-1 sum_m L_km X_mj (j < k), the sums growing with every column of L (m < k).
     """
@@ -98,23 +98,47 @@ def shared_inverse_factor_(matrix: Tensor, world: World, width: int) -> bool:
     columns = [sum(block.stop - block.start for block in one) for one in owned]
     inverse = matrix.new_zeros(size, columns[world.rank])  # this process's columns, side by side
     reached = 0  # of them, those that begin at or above the diagonal's present place
+    arriving = _Column(matrix, blocks[0], 0, world)
     for number, here in enumerate(blocks):
-        owner, wide = number % world.size, here.stop - here.start
-        column = matrix.new_empty(size - here.start, wide)
-        if owner == world.rank:
-            _fill_column(column, matrix, here)
-        world.same_(column, owner)
+        column, left = arriving.arrived(), owned[world.rank]
+        left = left[(number + world.size - world.rank) // world.size :]  # of this process, those after this one
+        if number + 1 < len(blocks):
+            owner = (number + 1) % world.size
+            if owner == world.rank:  # all wait for the next block's column: it comes before everything else
+                _take_from_(matrix, left[0], column, here)
+                left = left[1:]
+            arriving = _Column(matrix, blocks[number + 1], owner, world)
+        wide = here.stop - here.start
         corner, below = column[:wide], column[wide:]
         inverse[here, :reached] = torch.mm(corner, inverse[here, :reached]).neg_()
-        if owner == world.rank:
+        if number % world.size == world.rank:
             inverse[here, reached : reached + wide] = corner
             reached += wide
         inverse[here.stop :, :reached].addmm_(below, inverse[here, :reached])
-        for later in (block for block in owned[world.rank] if block.start > here.start):
-            rows, beside = column[later.start - here.start :], later.stop - later.start
-            matrix[later.start :, later].addmm_(rows, rows[:beside].T, alpha=-1)
+        for later in left:
+            _take_from_(matrix, later, column, here)
     _gather_columns(matrix, inverse, owned, columns, world)
     return bool(torch.isfinite(matrix.diagonal()).all().item())
+
+
+class _Column:
+    """A block of columns of L on its way from the process that has it to all others [n, wide]: `_fill_column`'s."""
+
+    def __init__(self, matrix: Tensor, here: slice, owner: int, world: World) -> None:
+        self._column = matrix.new_empty(len(matrix) - here.start, here.stop - here.start)
+        if owner == world.rank:
+            _fill_column(self._column, matrix, here)
+        self._wait = world.begin_same_(self._column, owner)
+
+    def arrived(self) -> Tensor:
+        self._wait()
+        return self._column
+
+
+def _take_from_(matrix: Tensor, later: slice, column: Tensor, here: slice) -> None:
+    """Take the part of a column of L from what is left of a later block of the matrix's columns."""
+    rows = column[later.start - here.start :]
+    matrix[later.start :, later].addmm_(rows, rows[: later.stop - later.start].T, alpha=-1)
 
 
 def _fill_column(column: Tensor, matrix: Tensor, here: slice) -> None:
