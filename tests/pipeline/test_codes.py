@@ -119,11 +119,7 @@ def test_gradient_is_that_of_the_whole_model(tiny_llama: Path, tmp_path: Path) -
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("overrides", [[], MIXED], ids=["one kind", "several"])
-def test_recorded_steps_are_the_plain_ones(
-    tiny_llama: Path, tmp_path: Path, overrides: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # beyond its limit torch runs what it was to compile as it is, three times as slow
-    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path, overrides: list[dict[str, Any]]) -> None:
     lowbit.quantize(tiny_llama, output=tmp_path / "start", settings=QUIET, overrides=overrides, **RECIPE)
     device = torch.device("cuda")
     base = StreamedModel(open_checkpoint(tiny_llama), device, torch.float16)
@@ -137,7 +133,9 @@ def test_recorded_steps_are_the_plain_ones(
     for fast in (False, True):
         factors = Factors(artifact, {}, tmp_path / "state", device)
         codes = Codes(starts_of(base, stored), tmp_path / "state", transposed=False)
-        with base.outside(torch.float32), artifact.outside(torch.float32):
+        # beyond its limit torch runs what it was to compile as it is, three times as slow
+        limited = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+        with limited, base.outside(torch.float32), artifact.outside(torch.float32):
             student = Student(base, artifact, factors, codes, fast=fast)
             losses[fast] = []
             for step, windows in enumerate(batches, start=1):
