@@ -10,6 +10,15 @@ from lowbit.methods.compiling import available
 
 # columns that see each other's errors one by one; those further on get them together, as a matrix product
 _NEAR = 32
+# columns of a block, on a CPU and on a GPU: there every block is two launches, which few rows hardly take longer than
+_BLOCK, _GPU_BLOCK, _FEW_ROWS_BLOCK, _FEW_ROWS = 128, 256, 512, 3072
+
+
+def block_width(matrix: Tensor) -> int:
+    """How many columns of a matrix [out, in] the loops below best take at once."""
+    if not matrix.is_cuda:
+        return _BLOCK
+    return _FEW_ROWS_BLOCK if len(matrix) <= _FEW_ROWS else _GPU_BLOCK
 
 
 def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_code: int) -> tuple[Tensor, Tensor]:

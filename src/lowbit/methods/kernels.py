@@ -2,8 +2,10 @@
 
 A column's codes decide what the columns after it look like, so the loop cannot be vectorized over columns; but rows are
 independent. A program is one warp with a few rows, and keeps 32 columns of them at a time in registers: sums over columns
-then need no barrier. What the columns before those changed is asked for as a product when their turn comes. In PyTorch the
-same loop takes about eight launches a column, and a 7B model has 700,000 columns.
+then need no barrier. What the columns before those changed is asked for as a product when their turn comes. How long a
+column takes is how long its operations wait for each other: what does not depend on the column before is done for all 32
+together, divisions among it. In PyTorch the same loop takes about eight launches a column, and a 7B model has 700,000
+columns.
 
 The results are those of the PyTorch loops in columns.py but for float32 rounding of sums.
 """
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from lowbit.core.primitives import Grid
 
-# rows of a program: few where the matrix has few, since then the card has room for more programs, and each ends sooner
-_ROWS, _FEW_ROWS, _FEW = 16, 2, 4096
+# rows of a program: fewer where the matrix has few, since then the card has room for more programs, and each ends sooner
+_ROWS, _FEW_ROWS, _FEW = 16, 8, 8192
 _NEAR = 32
 
 
@@ -38,42 +40,41 @@ def _compensate(  # type: ignore[no-untyped-def]  # Triton's
     near = tl.arange(0, NEAR)
     for first in range(0, width, NEAR):
         column = first + near
-        inside = real[:, None] & (column < width)[None, :]
+        known = column < width
+        inside = real[:, None] & known[None, :]
         w = tl.load(weight + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
         for k in range(0, first, NEAR):
             earlier = tl.load(errors + row[:, None] * width + (k + near)[None, :], mask=real[:, None], other=0.0)
             u = tl.load(
                 factor + (k + near)[:, None] * down + column[None, :] * across,
-                mask=(column < width)[None, :],
+                mask=known[None, :],
                 other=0.0,
             )
             w -= tl.dot(earlier, u, input_precision="ieee")
-        c = tl.zeros((R, NEAR), dtype=tl.float32)
-        e = tl.zeros((R, NEAR), dtype=tl.float32)
+        place = row[:, None] * count + tl.load(groups + column, mask=known, other=0)[None, :]
+        s = tl.load(scale + place, mask=inside, other=1.0)
+        z = tl.load(zero + place, mask=inside, other=0.0)
+        diagonal = tl.load(factor + column * down + column * across, mask=known, other=1.0)
+        # counted in steps of the grid, nothing is divided on the way from one column to the next
+        x, step, strength = w / s + z, 1.0 / s, s / diagonal[None, :]
         for j in range(NEAR):
-            at = tl.minimum(first + j, width - 1)  # what is beyond the width changes nothing
-            group = tl.load(groups + at)
-            s_j = tl.load(scale + row * count + group, mask=real, other=1.0)
-            z_j = tl.load(zero + row * count + group, mask=real, other=0.0)
-            line = factor + at * down
-            u = tl.load(line + column * across, mask=(near >= j) & (column < width), other=0.0)
-            u_jj = tl.load(line + at * across)
+            # what is beyond the width changes nothing
+            line = factor + tl.minimum(first + j, width - 1) * down
+            u = tl.load(line + column * across, mask=(near > j) & known, other=0.0)
             here = (near == j)[None, :]
-            w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
-            code = _nearest(w_j / s_j + z_j, max_code)
-            error = (w_j - s_j * (code - z_j)) / u_jj
-            w -= error[:, None] * u[None, :]
-            c = tl.where(here, code[:, None], c)
-            e = tl.where(here, error[:, None], e)
-        place = row[:, None] * width + column[None, :]
-        tl.store(codes + place, c, mask=inside)
-        tl.store(errors + place, e, mask=inside)
+            strength_j = tl.sum(tl.where(here, strength, 0.0), axis=1)
+            x_j = tl.sum(tl.where(here, x, 0.0), axis=1)
+            error = (x_j - _nearest(x_j, max_code)) * strength_j
+            x -= error[:, None] * (u[None, :] * step)  # columns up to this one stay as they were in their turn
+        written, code = row[:, None] * width + column[None, :], _nearest(x, max_code)
+        tl.store(codes + written, code, mask=inside)
+        tl.store(errors + written, (x - code) * strength, mask=inside)
         tl.debug_barrier()  # lanes read what others wrote
 
 
 @triton.jit
 def _descend(  # type: ignore[no-untyped-def]  # Triton's
-    gradient, stride, hessian, down, scale, zero, count, groups, codes, beside, moved, rows, width, max_code,
+    gradient, stride, hessian, down, scale, count, groups, codes, beside, moved, rows, width, max_code,
     NEAR: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -81,36 +82,35 @@ def _descend(  # type: ignore[no-untyped-def]  # Triton's
     near = tl.arange(0, NEAR)
     for first in range(0, width, NEAR):
         column = first + near
-        inside = real[:, None] & (column < width)[None, :]
+        known = column < width
+        inside = real[:, None] & known[None, :]
         g = tl.load(gradient + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
         for k in range(0, first, NEAR):
             earlier = tl.load(moved + row[:, None] * width + (k + near)[None, :], mask=real[:, None], other=0.0)
-            h = tl.load(
-                hessian + (k + near)[:, None] * down + column[None, :], mask=(column < width)[None, :], other=0.0
-            )
+            h = tl.load(hessian + (k + near)[:, None] * down + column[None, :], mask=known[None, :], other=0.0)
             g += tl.dot(earlier, h, input_precision="ieee")
-        own = codes + row.to(tl.int64) * beside + first
-        c = tl.zeros((R, NEAR), dtype=tl.float32)
-        m = tl.zeros((R, NEAR), dtype=tl.float32)
+        own = codes + row[:, None].to(tl.int64) * beside + column[None, :]
+        c = tl.load(own, mask=inside, other=0.0)
+        place = row[:, None] * count + tl.load(groups + column, mask=known, other=0)[None, :]
+        s = tl.load(scale + place, mask=inside, other=1.0)
+        diagonal = tl.load(hessian + column * down + column, mask=known, other=1.0)
+        # by how many steps of the grid each weight would move by itself
+        step = 1.0 / (diagonal[None, :] * s)
+        x = g * step
         for j in range(NEAR):
-            at = tl.minimum(first + j, width - 1)  # what is beyond the width changes nothing
-            group = tl.load(groups + at)
-            s_j = tl.load(scale + row * count + group, mask=real, other=1.0)
-            z_j = tl.load(zero + row * count + group, mask=real, other=0.0)
-            line = hessian + at * down
-            h = tl.load(line + column, mask=column < width, other=0.0)
-            h_jj = tl.load(line + at)
+            # what is beyond the width changes nothing
+            line = hessian + tl.minimum(first + j, width - 1) * down
+            h = tl.load(line + column, mask=(near > j) & known, other=0.0)
             here = (near == j)[None, :]
-            g_j = tl.sum(tl.where(here, g, 0.0), axis=1)
-            c_j = tl.load(codes + row.to(tl.int64) * beside + at, mask=real, other=0.0)
-            code = _nearest(((c_j - z_j) * s_j + g_j / h_jj) / s_j + z_j, max_code)
-            back = (c_j - code) * s_j
-            g += back[:, None] * h[None, :]
-            c = tl.where(here, code[:, None], c)
-            m = tl.where(here, back[:, None], m)
+            s_j = tl.sum(tl.where(here, s, 0.0), axis=1)
+            c_j = tl.sum(tl.where(here, c, 0.0), axis=1)
+            x_j = tl.sum(tl.where(here, x, 0.0), axis=1)
+            back = (c_j - _nearest(c_j + x_j, max_code)) * s_j
+            x += back[:, None] * (h[None, :] * step)  # columns up to this one stay as they were in their turn
+        code = _nearest(c + x, max_code)
         tl.debug_barrier()  # lanes read what others write, here and below
-        tl.store(own[:, None] + near[None, :], c, mask=inside)
-        tl.store(moved + row[:, None] * width + column[None, :], m, mask=inside)
+        tl.store(own, code, mask=inside)
+        tl.store(moved + row[:, None] * width + column[None, :], (c - code) * s, mask=inside)
         tl.debug_barrier()
 
 
@@ -145,11 +145,10 @@ def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_c
 def descend_(gradient: Tensor, hessian: Tensor, grid: Grid, groups: Tensor, codes: Tensor, max_code: int) -> Tensor:
     """columns.descend_."""
     rows, width = gradient.shape
-    moved = gradient.new_empty(rows, width)
-    scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
+    moved, scale = gradient.new_empty(rows, width), grid.scale.contiguous()
     at_once = _rows_of_program(rows)
     _descend[(triton.cdiv(rows, at_once),)](
-        gradient, gradient.stride(0), hessian, hessian.stride(0), scale, zero, scale.shape[1], groups,
+        gradient, gradient.stride(0), hessian, hessian.stride(0), scale, scale.shape[1], groups,
         codes, codes.stride(0), moved, rows, width, float(max_code), NEAR=_NEAR, R=at_once, num_warps=1,
     )  # fmt: skip
     return moved
