@@ -13,7 +13,7 @@ from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 from lowbit.methods.gptq import GptqOptions, quantize, round_columns
 from lowbit.methods.hessian import factor
-from lowbit.methods.refine import descend_codes, fit_scales, output_error
+from lowbit.methods.refine import descend_codes, fit_scales, output_error, scale_systems
 
 CPU = torch.device("cpu")
 
@@ -206,3 +206,14 @@ def test_asymmetric_target_is_the_best_linear_map() -> None:
     best = torch.linalg.lstsq(arriving.double(), original.double() @ weight.double().T).solution.T
     torch.testing.assert_close(result.tensor.dequantize(), best.float(), atol=0.03, rtol=0.03)
     assert (weight - best.float()).abs().max() > 0.1
+
+
+def test_scale_systems_are_the_products_of_offsets_by_group() -> None:
+    generator = torch.Generator().manual_seed(0)
+    offsets, inputs = torch.randint(-8, 8, (7, 80), generator=generator), torch.randn(300, 80, generator=generator)
+    hessian = inputs.T @ inputs / len(inputs)
+    design = torch.zeros(7, 80, 5, dtype=torch.float64)  # A: a row's offsets, each in its group's column
+    for group in range(5):
+        design[:, group * 16 : (group + 1) * 16, group] = offsets[:, group * 16 : (group + 1) * 16]
+    expected = design.mT @ hessian.double() @ design
+    torch.testing.assert_close(scale_systems(offsets.float(), hessian, 5).double(), expected, rtol=1e-4, atol=1e-4)

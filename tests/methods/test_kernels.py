@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lowbit.core.primitives import Grid
-from lowbit.methods import columns
+from lowbit.methods import columns, refine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-@pytest.mark.parametrize(("rows", "count"), [(75, 96), (16, 128), (300, 40), (4200, 48)])
+@pytest.mark.parametrize(("rows", "count"), [(75, 96), (16, 512), (300, 40), (8200, 48)])
 def test_loops_equal_pytorchs(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "available", lambda: False)
     generator = torch.Generator().manual_seed(0)
@@ -44,3 +44,16 @@ def test_loops_equal_pytorchs(rows: int, count: int, monkeypatch: pytest.MonkeyP
     assert (after != codes).float().mean() > 0.05
     alike = (after == plain_after) & equal
     torch.testing.assert_close(moved[alike], plain_moved[alike], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "size", "count"), [(75, 16, 5), (200, 128, 3), (64, 64, 32), (9, 40, 3)])
+def test_scale_systems_equal_pytorchs(rows: int, size: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = size * count
+    offsets = torch.randint(-8, 8, (rows, columns), generator=generator).float()
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    hessian = inputs.T @ inputs / len(inputs)
+    expected = refine.scale_systems(offsets.double(), hessian.double(), count)
+    found = refine.scale_systems(offsets.cuda(), hessian.cuda(), count).cpu().double()
+    # rounded to 11 bits, of numbers that cancel
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lowbit.core.primitives import Grid, by_column, stored_scale
 from lowbit.core.statistics import tensor_float32_products
-from lowbit.methods.columns import descend_
+from lowbit.methods.columns import block_width, descend_
 
-# blocks of columns whose gradients are computed together
-_WIDE = 8
+# columns whose gradients are computed together: a whole number of blocks
+_WIDE = 1024
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def fit_scales(
     if not torch.equal(groups[by_group], groups):  # groups that moved with their columns: put them side by side
         offsets, slope, hessian = offsets[:, by_group], slope[:, by_group], hessian[by_group[:, None], by_group]
     right = _sum_groups(offsets * slope, count)
-    system = _scale_system(offsets, hessian, count)
+    system = scale_systems(offsets, hessian, count)
     # a little resistance, so that the scale of a group of zero codes stays
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     damped = system + torch.diag_embed(ridge[:, None].expand(-1, count))
@@ -51,17 +51,22 @@ def fit_scales(
     return torch.where(gains[:, None], fitted, grid.scale)
 
 
-def _scale_system(offsets: Tensor, hessian: Tensor, count: int) -> Tensor:
-    """[out, groups, groups]: A^T H A of every row, for groups of consecutive columns."""
+def scale_systems(offsets: Tensor, hessian: Tensor, count: int) -> Tensor:
+    """[out, groups, groups]: A^T H A of every row, for groups of consecutive columns; offsets: [out, in]."""
     size = offsets.shape[1] // count
-    system = torch.empty(len(offsets), count, count, device=offsets.device)
+    if offsets.is_cuda:
+        from lowbit.methods import scale_kernels
+
+        if size in scale_kernels.SIZES:
+            return scale_kernels.scale_systems(offsets, hessian, count)
+    systems = offsets.new_empty(len(offsets), count, count)
     with tensor_float32_products(offsets.device):  # offsets are small whole numbers: exact as they are
         for group in range(count):
             start = group * size
             products = offsets[:, start : start + size] @ hessian[start : start + size, start:]
-            system[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
-            system[:, group:, group] = system[:, group, group:]
-    return system
+            systems[:, group, group:] = _sum_groups(products.mul_(offsets[:, start:]), count - group)
+            systems[:, group:, group] = systems[:, group, group:]
+    return systems
 
 
 def _sum_groups(values: Tensor, count: int) -> Tensor:
@@ -70,17 +75,18 @@ def _sum_groups(values: Tensor, count: int) -> Tensor:
 
 
 def descend_codes(
-    weight: Tensor, codes: Tensor, grid: Grid, groups: Tensor, hessian: Tensor, max_code: int, block: int = 128
+    weight: Tensor, codes: Tensor, grid: Grid, groups: Tensor, hessian: Tensor, max_code: int, block: int | None = None
 ) -> Tensor:
     """One sweep of coordinate descent: each column's codes move to the best value given all others; never worse.
 
     codes: [out, in] float32 whole numbers; returns new ones. Blocks of columns share one product with the Hessian; what a
     block changes reaches the gradient of the others beside it in a product of its own, so that the large one is wide.
     """
-    codes = codes.clone()
+    codes, block = codes.clone(), block or block_width(weight)
+    wide = max(1, _WIDE // block) * block
     residual = torch.addcmul(weight, codes - by_column(grid.zero, groups), by_column(grid.scale, groups), value=-1)
-    for first in range(0, weight.shape[1], block * _WIDE):
-        last = min(first + block * _WIDE, weight.shape[1])
+    for first in range(0, weight.shape[1], wide):
+        last = min(first + wide, weight.shape[1])
         with tensor_float32_products(weight.device):
             gradients = residual @ hessian[:, first:last]
         for start in range(first, last, block):
