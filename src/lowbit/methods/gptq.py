@@ -22,7 +22,7 @@ from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics, tensor_float32_products
-from lowbit.methods.columns import compensate
+from lowbit.methods.columns import block_width, compensate
 from lowbit.methods.compiling import available
 from lowbit.methods.hessian import Factor, factor
 from lowbit.methods.refine import descend_codes, fit_scales
@@ -125,7 +125,7 @@ def _searched(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, co
 
 
 def round_columns(
-    weight: Tensor, inverse_factor: Tensor, grid: Grid, groups: Tensor, max_code: int, block: int = 128
+    weight: Tensor, inverse_factor: Tensor, grid: Grid, groups: Tensor, max_code: int, block: int | None = None
 ) -> Tensor:
     """The column loop (Algorithm 1 of the paper), lazily in blocks of columns.
 
@@ -133,7 +133,7 @@ def round_columns(
     inverse Hessian. groups: [in], which of the grid's groups each column belongs to. Returns codes [out, in] as float32.
     Overwrites `weight`.
     """
-    codes = torch.empty_like(weight)
+    codes, block = torch.empty_like(weight), block or block_width(weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
         here = slice(start, stop)
@@ -176,15 +176,17 @@ class _Toward:
         cross = statistics.take_cross()
         # the product in the order that costs less: with few rows the cross matrix is used up before the Hessian is factored
         self.few = len(weight) < weight.shape[1]
-        self.left = weight @ cross if cross is not None and self.few else cross
+        with tensor_float32_products(weight.device):
+            self.left = weight @ cross if cross is not None and self.few else cross
 
     def original(self, factored: Factor, share: float) -> Tensor:
         """W* with a share of the correction [out, in]."""
         if self.left is None:
             return self.weight
-        correction = factored.times_inverse(self.left)
-        if not self.few:
-            with tensor_float32_products(self.weight.device):
+        # of a correction that is small beside the weights 11 significant bits are enough (docs/performance.md)
+        with tensor_float32_products(self.weight.device):
+            correction = factored.times_inverse(self.left)
+            if not self.few:
                 correction = self.weight @ correction
         return correction.mul_(share).add_(self.weight)
 
