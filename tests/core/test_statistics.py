@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.core.statistics import InputStatistics, blocks_above_diagonal, rough_products
+from lowbit.core.statistics import InputStatistics, blocks_above_diagonal, output_powers, rough_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -47,3 +47,11 @@ def test_rough_products_are_good_for_sums_of_what_does_not_cancel() -> None:
     expected = ((weight.double() @ gram.double()) * weight.double()).sum()
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     torch.testing.assert_close(weight @ gram, (weight.double() @ gram.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [3, 300, 1100])  # 1, 1 and 4 rows of blocks
+def test_output_powers_are_those_of_the_outputs(features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(700, features, generator=generator), torch.randn(5, features, generator=generator)
+    expected = (inputs.double() @ weight.double().T).square().mean(0)
+    torch.testing.assert_close(output_powers(weight, inputs.T @ inputs / 700).double(), expected, rtol=1e-5, atol=0)

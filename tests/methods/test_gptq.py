@@ -13,7 +13,8 @@ from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
 from lowbit.methods.gptq import GptqOptions, quantize, round_columns
 from lowbit.methods.hessian import factor
-from lowbit.methods.refine import descend_codes, fit_scales, output_error, scale_systems
+from lowbit.methods.refine import descend_codes, fit_scales, scale_systems
+from tests.methods.errors import output_error
 
 CPU = torch.device("cpu")
 

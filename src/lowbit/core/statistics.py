@@ -123,6 +123,16 @@ def blocks_above_diagonal(features: int) -> list[Block]:
     return [(slice(start, stop), slice(start, features)) for start, stop in itertools.pairwise(edges)]
 
 
+def output_powers(weight: Tensor, gram: Tensor) -> Tensor:
+    """[out]: w G w^T of every row of weight [out, in], what it gives for inputs of Gram matrix G [in, in], squared; of the
+    blocks of G on and above its diagonal."""
+    powers = weight.new_zeros(len(weight))
+    for own, rest in blocks_above_diagonal(len(gram)):
+        products = (weight[:, own] @ gram[own, rest]).mul_(weight[:, rest])
+        powers.add_(products.sum(1), alpha=2).sub_(products[:, : own.stop - own.start].sum(1))
+    return powers
+
+
 def _mirror_(total: Tensor) -> None:
     """Fill in the blocks below the diagonal."""
     for own, rest in blocks_above_diagonal(len(total)):

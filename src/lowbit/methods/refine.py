@@ -14,12 +14,6 @@ from lowbit.methods.columns import block_width, descend_
 _WIDE = 1024
 
 
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """[out]: (w - q) H (w - q)^T of every row, the mean squared output error of each output channel."""
-    residual = weight - quantized
-    return ((residual @ hessian) * residual).sum(1)
-
-
 def fit_scales(
     weight: Tensor, codes: Tensor, grid: Grid, groups: Tensor, hessian: Tensor, scale_dtype: torch.dtype
 ) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.core.contracts import Needs, Quantized
 from lowbit.core.distributed import World
 from lowbit.core.qtensor import QTensor
-from lowbit.core.statistics import InputStatistics, rough_products, tensor_float32_products
+from lowbit.core.statistics import InputStatistics, output_powers, rough_products, tensor_float32_products
 from lowbit.methods.inputs import with_input_scale
 from lowbit.pipeline import experts
 from lowbit.pipeline.job import BlockJob, BlockResult, place_weight
@@ -173,7 +173,7 @@ def _measure_(
 
 
 def _power(rows: Tensor, gram: Tensor | None) -> Tensor:
-    return rows.square().sum(1) if gram is None else ((rows @ gram) * rows).sum(1)
+    return rows.square().sum(1) if gram is None else output_powers(rows, gram)
 
 
 def rows_of(tensor: QTensor, start: int, stop: int) -> QTensor:

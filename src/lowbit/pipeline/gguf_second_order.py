@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lowbit.core.checkpoint.gguf_source import dequantized
 from lowbit.core.errors import CheckpointError
-from lowbit.core.statistics import InputStatistics, tensor_float32_products
+from lowbit.core.statistics import InputStatistics, output_powers, tensor_float32_products
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram, toward_original
-from lowbit.methods.kquants.second_order import CUDA_WEIGHTS, SecondOrderOptions, output_error, quantize, split
+from lowbit.methods.kquants.second_order import CUDA_WEIGHTS, SecondOrderOptions, quantize, split
 from lowbit.methods.learned_blocks import BlockMatrix, LearnedBlocks
 from lowbit.methods.learning import LearnOptions
 from lowbit.pipeline.activations import Activations
@@ -283,5 +283,5 @@ def _embedding_shape(model: StreamedModel) -> tuple[int, ...]:
 
 def _relative(weight: Tensor, rounded: Tensor, curvature: Curvature) -> float:
     with tensor_float32_products(weight.device):
-        total = output_error(weight, torch.zeros_like(weight), curvature.hessian).sum().clamp_min(1e-30)
-        return (output_error(weight, rounded, curvature.hessian).sum() / total).item()
+        total = output_powers(weight, curvature.hessian).sum().clamp_min(1e-30)
+        return (output_powers(weight - rounded, curvature.hessian).sum() / total).item()

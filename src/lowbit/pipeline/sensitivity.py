@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.progress import Progress
+from lowbit.core.statistics import output_powers
 from lowbit.core.streamed_model import StreamedModel
 
 # types that a matrix may have, and where rows are no multiple of 256
@@ -43,8 +44,7 @@ class Sensitivity:
 
 def price(weight: Tensor, rounded: Tensor, gram: Tensor, sensitivity: Tensor) -> float:
     """Nats a token that rounding costs: weight, rounded [out, in]; gram [in, in], the mean of x x^T; sensitivity [out]."""
-    error = weight - rounded
-    return 0.5 * (((error @ gram) * error).sum(1) * sensitivity).sum().item()
+    return 0.5 * (output_powers(weight - rounded, gram) * sensitivity).sum().item()
 
 
 def output_sensitivity(model: StreamedModel, windows: Tensor, progress: Progress, seed: int = 0) -> Sensitivity:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Needs
+from lowbit.core.statistics import output_powers, tensor_float32_products
 from lowbit.transforms.scaling import Problem, Transform, normalized
 
 
@@ -91,7 +92,9 @@ def output_error(problem: Problem, columns: Tensor) -> float:
     gram = problem.statistics.gram
     assert gram is not None
     difference = problem.quantize(problem.weight * columns).div_(columns).sub_(problem.weight)
-    return torch.dot((difference @ gram).view(-1), difference.view(-1)).item()
+    # prices are only compared: with operands of 11 bits those of SmolLM2 change by 0.0002 of themselves at most
+    with tensor_float32_products(gram.device):
+        return output_powers(difference, gram).sum().item()
 
 
 TRANSFORM = Transform(

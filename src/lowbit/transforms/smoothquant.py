@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.contracts import Needs
+from lowbit.core.statistics import output_powers
 from lowbit.transforms.scaling import Problem, Transform
 
 # None is no scaling
@@ -58,7 +59,7 @@ def predicted_error(problem: Problem, columns: Tensor) -> float:
     assert statistics.sample is not None
     scaled = problem.weight * columns
     difference = (scaled - problem.quantize(scaled)) / columns
-    from_weights = ((difference @ statistics.gram) * difference).sum()
+    from_weights = output_powers(difference, statistics.gram).sum()
     inputs = statistics.sample.float() / columns
     step = inputs.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
     noise = inputs - (inputs / step).round() * step

@@ -10,7 +10,8 @@ from lowbit.core.errors import CalibrationError
 from lowbit.methods.kquants import CODECS, decode, encode
 from lowbit.methods.kquants.curvature import Curvature, factor_gram
 from lowbit.methods.kquants.rows_state import RowsState
-from lowbit.methods.kquants.second_order import SecondOrderOptions, output_error, quantize, split
+from lowbit.methods.kquants.second_order import SecondOrderOptions, quantize, split
+from tests.methods.errors import output_error
 
 TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"]
 ROWS, COLUMNS = 24, 512

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.core.statistics import tensor_float32_products
 from lowbit.methods.hessian import Factor
 from lowbit.methods.hessian import factor as factor_hessian
 
@@ -41,4 +42,7 @@ def factor_gram(gram: Tensor, damping: float = 0.03) -> Curvature:
 def toward_original(weights: Tensor, curvature: Curvature, cross: Tensor, share: float) -> Tensor:
     """Weights [out, in] that turn the inputs X that arrive into the outputs that `weights` give on the original inputs X0:
     W + share * W (X0 - X) X^T H^-1, with `cross` [in, in] the mean of (x0 - x) x^T (GPTAQ, Li et al. 2025)."""
-    return curvature.factored.times_inverse(weights @ cross).mul_(share).add_(weights)
+    # of a correction that is small beside the weights 11 significant bits are enough (docs/performance.md)
+    with tensor_float32_products(weights.device):
+        correction = curvature.factored.times_inverse(weights @ cross)
+    return correction.mul_(share).add_(weights)

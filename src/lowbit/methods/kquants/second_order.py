@@ -75,12 +75,6 @@ def split(grid: Grid, codes: Tensor, rows: Sequence[int]) -> list[tuple[Grid, Te
     return [(Grid(*part), own) for part, own in zip(parts, torch.split(codes, list(rows)), strict=True)]
 
 
-def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """[out]: (w - q) H (w - q)^T of every row."""
-    residual = weights - quantized
-    return ((residual @ hessian) * residual).sum(1)
-
-
 def _quantize_rows(
     codec: Codec, weights: Tensor, curvature: Curvature, options: SecondOrderOptions
 ) -> tuple[Grid, Tensor]:
