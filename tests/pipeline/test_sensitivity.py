@@ -33,3 +33,20 @@ def test_price_is_the_divergence_of_a_small_change(tiny_llama: Path, name: str) 
     sensitivity = found.head if name == "lm_head" else found.layers[name]
     assert sensitivity is not None
     assert price(weight, module.weight, gram, sensitivity) == pytest.approx(measured, rel=0.35)
+
+
+def test_gradients_are_summed_in_one_order(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU attention's backward pass is another one every time unless it is told; types are chosen by its sums."""
+    model = StreamedModel(open_checkpoint(tiny_llama), torch.device("cpu"), torch.float32)
+    seen: list[bool] = []
+    for name in ("run_block", "logits"):
+        inner = getattr(model, name)
+        monkeypatch.setattr(
+            model,
+            name,
+            lambda *given, inner=inner: (seen.append(torch.are_deterministic_algorithms_enabled()), inner(*given))[1],
+        )
+    output_sensitivity(model, torch.zeros(2, 16, dtype=torch.long), Silent())
+    assert len(seen) > 4
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowbit.core.progress import Progress
 from lowbit.core.statistics import output_powers
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.training import reproducible
 
 # types that a matrix may have, and where rows are no multiple of 256
 PRICED_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -52,7 +53,7 @@ def output_sensitivity(model: StreamedModel, windows: Tensor, progress: Progress
     progress.start("sensitivity", 2 * len(model.blocks))
     tokens = windows.numel()
     layers: dict[str, Tensor] = {}
-    with model.outside():
+    with reproducible(), model.outside():
         with torch.no_grad():
             hidden = torch.cat([model.embed(window[None]).float() for window in windows])
         inputs = []
@@ -63,7 +64,7 @@ def output_sensitivity(model: StreamedModel, windows: Tensor, progress: Progress
             progress.advance()
         gradient, head = _head(model, hidden, seed)
     for index in reversed(range(len(model.blocks))):
-        with model.block(index) as block:
+        with reproducible(), model.block(index) as block:
             gradient = _through(model, index, block, inputs.pop(), gradient, layers)
         progress.advance()
     found = {path: squares / tokens for path, squares in layers.items()}
