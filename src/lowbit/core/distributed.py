@@ -70,14 +70,14 @@ class World:
         """What the leader computes, given to all. Its LowbitErrors end the leader, and with it the others."""
         return compute()
 
-    def same_(self, tensor: Tensor, rank: int = 0) -> Tensor:
-        """Replace a contiguous tensor by that of one process, of the leader by default."""
-        self.begin_same_(tensor, rank)()
+    def same_(self, tensor: Tensor) -> Tensor:
+        """Replace a contiguous tensor by the leader's."""
+        self.begin_same_(tensor, rank=0)()
         return tensor
 
     def begin_same_(self, tensor: Tensor, rank: int) -> Callable[[], None]:
-        """The same while other work goes on: what is returned waits for it, or has the GPU wait. Nothing may touch the tensor
-        before that."""
+        """Replace a contiguous tensor by that of one process, while other work goes on: what is returned waits for it, or has
+        the GPU wait. Nothing may touch the tensor before that."""
         return lambda: None
 
 

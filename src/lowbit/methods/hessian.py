@@ -100,13 +100,12 @@ def shared_inverse_factor_(matrix: Tensor, world: World, width: int) -> bool:
     reached = 0  # of them, those that begin at or above the diagonal's present place
     arriving = _Column(matrix, blocks[0], 0, world)
     for number, here in enumerate(blocks):
-        column, left = arriving.arrived(), owned[world.rank]
-        left = left[(number + world.size - world.rank) // world.size :]  # of this process, those after this one
+        column = arriving.arrived()
+        left = [block for block in owned[world.rank] if block.start > here.start]
         if number + 1 < len(blocks):
             owner = (number + 1) % world.size
             if owner == world.rank:  # all wait for the next block's column: it comes before everything else
-                _take_from_(matrix, left[0], column, here)
-                left = left[1:]
+                _take_from_(matrix, left.pop(0), column, here)
             arriving = _Column(matrix, blocks[number + 1], owner, world)
         wide = here.stop - here.start
         corner, below = column[:wide], column[wide:]
