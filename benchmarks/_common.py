@@ -52,7 +52,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def describe(directory: Path) -> str:
-    """An artifact's format in a few words: "gptq 4-bit g128 sym", "compressed-tensors W4A16 int g64 sym"."""
+    """An artifact's format in a few words: "gptq 4-bit g128 sym", "compressed-tensors W4A16 int g64 sym", "GGUF"."""
+    if directory.is_file():
+        return "GGUF"
     config = read_config(directory)
     quantization = config.get("quantization_config")
     if not quantization:
@@ -75,14 +77,15 @@ def describe(directory: Path) -> str:
     return f"{method} {bits}-bit g{size} {'sym' if quantization.get('sym') else 'asym'}{order}"
 
 
-def dense_model(directory: Path) -> Any:
-    """A Hugging Face directory, quantized or not, as a transformers model with dequantized float32 weights."""
+def dense_model(directory: Path, configured: Path | None = None) -> Any:
+    """A Hugging Face directory, quantized or not, as a transformers model with dequantized float32 weights; or a GGUF file,
+    with the configuration of another directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lowbit.core.checkpoint import open_checkpoint
     from lowbit.formats.reader import open_artifact
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(configured or directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -97,11 +100,13 @@ def dense_model(directory: Path) -> Any:
 
 
 def stored_bits(directory: Path, base: Path) -> tuple[float | None, float]:
-    """(bits a weight of the quantized layers, MiB of all safetensors); None when no layer is quantized.
+    """(bits a weight of the quantized layers, MiB of all safetensors or the GGUF file); None when no layer is quantized.
 
     Counts every stored tensor of a layer: packed weights, scales, zero points, group indices, padding. `base` is the
     dense checkpoint, which has the layers' shapes.
     """
+    if directory.is_file():
+        return _gguf_bits(directory), directory.stat().st_size / 2**20
     stored, dense = _headers(directory), _headers(base)
     marks = (".qweight", ".weight_packed", ".weight_scale", ".weight.absmax", ".W_q")
     layers = {name.removesuffix(mark) for name in stored for mark in marks if name.endswith(mark)}
@@ -111,6 +116,15 @@ def stored_bits(directory: Path, base: Path) -> tuple[float | None, float]:
     weights = sum(math.prod(dense[f"{layer}.weight"][0]) for layer in layers)
     mib = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20
     return (8 * layer_bytes / weights if weights else None), mib
+
+
+def _gguf_bits(file: Path) -> float:
+    from gguf import GGUFReader
+
+    layers = [
+        tensor for tensor in GGUFReader(file).tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+    ]
+    return 8 * sum(int(one.n_bytes) for one in layers) / sum(int(one.n_elements) for one in layers)
 
 
 def _headers(directory: Path) -> dict[str, tuple[list[int], int]]:

@@ -31,7 +31,7 @@ class Quality:
 def evaluate(base: Any, candidate: Any, windows: Tensor) -> Quality:
     """Two models, token windows [n, length] int64 -> Quality."""
     losses, divergences, agreements = [], [], []
-    for window in windows:
+    for window in windows.to(base.device):
         with torch.inference_mode():
             expected, got = (model(window[None]).logits[0, :-1].float().log_softmax(-1) for model in (base, candidate))
             losses.append(-got.gather(1, window[1:, None]).mean().item())
@@ -42,17 +42,20 @@ def evaluate(base: Any, candidate: Any, windows: Tensor) -> Quality:
     return Quality(math.exp(loss), math.exp(loss) * loss_error, kl, kl_error, _mean(agreements)[0])
 
 
-def runnable_model(directory: Path) -> Any:
-    """What `evaluate` takes: dequantized weights in float32, and where activations are quantized too, inputs of those layers
-    rounded as the runtime would round them. Raises SystemExit for activation schemes that are not simulated here."""
-    model = dense_model(directory)
-    config = read_config(directory).get("quantization_config", {})
+def runnable_model(artifact: Path, base: Path) -> Any:
+    """What `evaluate` takes of a directory or a GGUF file made of `base`: dequantized weights in float32, and where activations
+    are quantized too, inputs of those layers rounded as the runtime would round them. Raises SystemExit for activation
+    schemes that are not simulated here."""
+    if artifact.is_file():
+        return dense_model(artifact, base)
+    model = dense_model(artifact)
+    config = read_config(artifact).get("quantization_config", {})
     for group in config.get("config_groups", {}).values():
         inputs = group.get("input_activations")
         if not inputs:
             continue
         if inputs.get("strategy") != "token" or inputs.get("dynamic") is not True:
-            raise SystemExit(f"{directory}: activations {inputs.get('strategy')} are not simulated")
+            raise SystemExit(f"{artifact}: activations {inputs.get('strategy')} are not simulated")
         rounded = _int8_tokens if inputs["type"] == "int" else _fp8_tokens
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and not _left_out(name, config["ignore"]):

@@ -5,7 +5,6 @@ from common import Measured, options, windows
 parser = options(__doc__)
 parser.add_argument("--iters", type=int, default=200)
 parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
 if __name__ == "__main__":
     args = parser.parse_args()

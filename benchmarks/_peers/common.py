@@ -26,6 +26,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=64, help="0: one scale per output channel")
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; llm-compressor takes a GPU wherever there is one")
     parser.add_argument(
         "--dtype", default="auto", help="what is computed in; the result is saved as the model is stored"
     )

@@ -38,7 +38,7 @@ if __name__ == "__main__":
         act_group_aware=args.actorder == "groups",
         damp_percent=args.dampening,
         gptaq=GPTAQConfig() if args.gptaq else None,
-        device="cpu",
+        device=args.device,
     )
     source, output = str(Path(args.model).absolute()), str(Path(args.output).absolute())
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars go to stdout

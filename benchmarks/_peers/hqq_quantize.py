@@ -27,7 +27,7 @@ if __name__ == "__main__":
     grid = BaseQuantizeConfig(nbits=args.bits, group_size=args.group_size or None, axis=args.axis)
     with Measured("hqq"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-        AutoHQQHFModel.quantize_model(model, grid, compute_dtype=model.dtype, device="cpu")
+        AutoHQQHFModel.quantize_model(model, grid, compute_dtype=model.dtype, device=args.device)
         model.config.quantization_config = {"quant_method": "hqq", "quant_config": grid, "skip_modules": ["lm_head"]}
         model.config.save_pretrained(output)
         save_model(model, str(output / "model.safetensors"))
