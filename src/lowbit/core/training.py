@@ -11,10 +11,12 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from lowbit.core.attention import InOneOrder
+
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Kernels that add up in the same order every time (attention's backward pass on a GPU does not by itself)."""
+    """Kernels that add up in the same order every time, as far as there are any, and attention that does (attention.py)."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
@@ -26,7 +28,8 @@ def reproducible() -> Iterator[None]:
         # every new tensor would be filled with NaN first, though none is read before it is written
         settings.fill_uninitialized_memory = False
         try:
-            yield
+            with InOneOrder():
+                yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warned)
             settings.fill_uninitialized_memory = filled

@@ -133,4 +133,6 @@ def _check_memory(model: StreamedModel, device: torch.device, document: int) -> 
         getattr(config, "num_key_value_heads", None) or heads
     )
     cache = 2 * len(model.blocks) * width * model.dtype.itemsize * document
-    return max(1, min(_TOGETHER, int((free - need) / 2 / (cache + 12 * config.vocab_size))))
+    fitting = max(1, int((free - need) / 2 / (cache + 12 * config.vocab_size)))
+    # a power of two: what is sampled depends on the number, and should not on a few bytes that are free or not
+    return min(_TOGETHER, 1 << (fitting.bit_length() - 1))

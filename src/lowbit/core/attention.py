@@ -1,0 +1,181 @@
+"""Attention on a GPU whose gradients are added up in one order.
+
+PyTorch's fused kernels add a query's gradient up in whatever order their blocks finish, also where deterministic algorithms are
+asked for, as long as other operations may be without one (`warn_only`). Asking for them without exception is no way out: it
+wants an environment variable from before the process began, and refuses models with any operation that has none. So what is
+asked for is asked for here, around these kernels alone: flash attention, and the memory-efficient one where there is a mask
+or float32 (both in PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+# what the memory-efficient kernel rounds its rows of a mask, and of sums of exponentials, up to
+_MASK_ALIGNMENT, _SUMS_ALIGNMENT = 16, 32
+
+
+class InOneOrder(TorchFunctionMode):
+    """Within it scaled_dot_product_attention on a GPU has gradients that are the same bits every time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and torch.is_grad_enabled():
+            return _attention(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    plain: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, [batch, heads, tokens, width]; `plain` is that function."""
+    width = query.shape[-1]
+    fits = query.dim() == 4 and value.shape[-1] == width and width % 8 == 0 and width <= 256
+    if not (query.is_cuda and torch.version.hip is None and fits and dropout_p == 0.0):
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
+    if enable_gqa:
+        key, value = (_for_each_query(one, query.shape[1]) for one in (key, value))
+    mask = None if attn_mask is None else _added(attn_mask, query, key)
+    found: tuple[Tensor, Tensor] = attention(
+        query, key, value, mask, is_causal, width**-0.5 if scale is None else scale
+    )
+    return found[0]
+
+
+def _for_each_query(heads: Tensor, wanted: int) -> Tensor:
+    """Every head of [batch, heads, tokens, width] as often as queries share it."""
+    batch, count, tokens, width = heads.shape
+    return heads[:, :, None].expand(-1, -1, wanted // count, -1, -1).reshape(batch, wanted, tokens, width)
+
+
+def _added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask as what is added to scores, [batch, heads, queries, keys], in the layout that the kernel wants."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    keys = key.shape[2]
+    aligned = pad(mask.to(query.dtype), (0, -keys % _MASK_ALIGNMENT))
+    return aligned.expand(*query.shape[:3], -1)[..., :keys]
+
+
+@torch.library.custom_op("lowbit::attention", mutates_args=(), device_types="cuda")
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(output, logarithms of the sums of exponentials) of [batch, heads, tokens, width] on a GPU; to torch.compile one
+    operation."""
+    if _flashes(query, mask):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    else:
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, 0.0, causal, scale=scale
+        )
+    return found[0].contiguous(), found[1].contiguous()
+
+
+@attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = query.shape
+    sums = tokens if _flashes(query, mask) else -(-tokens // _SUMS_ALIGNMENT) * _SUMS_ALIGNMENT
+    return _like(query), query.new_empty((batch, heads, sums), dtype=torch.float32)
+
+
+@torch.library.custom_op("lowbit::attention_backward", mutates_args=(), device_types="cuda")
+def attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, given that of `attention`'s output; sums: what it gave besides."""
+    unused = query.new_empty(0, dtype=torch.int64)  # the state of random numbers, of which there are none
+    with _without_exception():
+        if _flashes(query, mask):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                gradient, query, key, value, out, sums, None, None, query.shape[2], key.shape[2], 0.0, causal, unused, unused,
+                scale=scale,
+            )  # fmt: skip
+        else:
+            found = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                gradient, query, key, value, mask, out, sums, unused, unused, 0.0, [True, True, True, False], causal,
+                scale=scale,
+            )  # fmt: skip
+    return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+
+
+@attention_backward.register_fake
+def _(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, mask, *output)
+
+
+def _back(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = attention_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return *found, None, None, None
+
+
+attention.register_autograd(_back, setup_context=_remember)
+
+
+def _flashes(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether flash attention can be had; a GPU older than Ampere has the other kernel only."""
+    return mask is None and query.dtype in _SIXTEEN_BITS and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _without_exception() -> Iterator[None]:
+    """Deterministic algorithms, and no other."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)

@@ -1,0 +1,124 @@
+"""Attention in one order against plain products in float64, and its bits from run to run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowbit.core.attention import InOneOrder, _added, attention, attention_backward
+from lowbit.core.training import reproducible
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BATCH, HEADS, TOKENS, WIDTH = 2, 4, 300, 64
+# 300 keys: no multiple of what the kernels align to
+MASKS = ("none", "causal", "window", "bias")
+
+
+def heads(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, count, TOKENS, WIDTH, generator=generator).to(dtype)
+
+
+def how(kind: str) -> dict[str, Any]:
+    near = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+    if kind == "window":
+        return {"attn_mask": ((near >= 0) & (near < 50))[None, None]}
+    if kind == "bias":
+        return {"attn_mask": -near.abs()[None, None].float() / 20}
+    return {"is_causal": kind == "causal"}
+
+
+def plainly(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """In float64, by the formula."""
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if is_causal:
+        attn_mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("kind", ["window", "bias"])
+def test_a_mask_as_what_is_added(kind: str) -> None:
+    query, mask = heads(HEADS, 0), how(kind)["attn_mask"]
+    added = _added(mask, query, query)
+    assert added.shape == (BATCH, HEADS, TOKENS, TOKENS)
+    assert (added.stride(-1), added.stride(-2) % 16) == (1, 0)
+    torch.testing.assert_close(
+        scaled_dot_product_attention(query, query, query, added),
+        scaled_dot_product_attention(query, query, query, mask),
+    )
+
+
+def test_a_cpu_keeps_its_own_and_settings_are_as_before() -> None:
+    query = heads(HEADS, 0).requires_grad_()
+    expected = scaled_dot_product_attention(query, query, query, is_causal=True)
+    with InOneOrder():
+        assert torch.equal(scaled_dot_product_attention(query, query, query, is_causal=True), expected)
+    with reproducible():
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("kind", MASKS)
+def test_gradients_are_those_of_the_formula(kind: str, shared: int, dtype: torch.dtype) -> None:
+    parts = [heads(count, seed, dtype) for seed, count in enumerate((HEADS, HEADS // shared, HEADS // shared))]
+    seen = heads(HEADS, 3)
+    exact = [part.double().requires_grad_() for part in parts]
+    expected = plainly(*exact, **how(kind))
+    wanted = torch.autograd.grad((expected * seen).sum(), exact)
+    ours = [part.cuda().requires_grad_() for part in parts]
+    options = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in how(kind).items()}
+    with reproducible():
+        found = scaled_dot_product_attention(*ours, **options, enable_gqa=shared > 1)
+        gradients = torch.autograd.grad((found * seen.cuda()).sum(), ours)
+    close = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    for one, other in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert (one.detach().cpu().double() - other.detach()).norm() <= close * other.detach().norm()
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_the_same_bits_every_time(kind: str, compiled: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    parts = [torch.randn(16, 9, 1024, 64, device="cuda", generator=generator).requires_grad_() for _ in range(3)]
+    near = torch.arange(1024, device="cuda")[:, None] - torch.arange(1024, device="cuda")
+    options: dict[str, Any] = (
+        {"is_causal": True} if kind == "causal" else {"attn_mask": ((near >= 0) & (near < 50))[None, None]}
+    )
+
+    def squares(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, **options).square().sum()
+
+    run = torch.compile(squares, dynamic=False) if compiled else squares
+    with reproducible(), torch.autocast("cuda", torch.bfloat16):
+        first, *others = [torch.autograd.grad(run(*parts), parts) for _ in range(8)]
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_torch_wants_of_an_operation(dtype: torch.dtype) -> None:
+    parts = [heads(HEADS, seed, dtype).cuda().requires_grad_() for seed in range(3)]
+    mask = _added(how("window")["attn_mask"].cuda(), parts[0], parts[1])
+    for added in (None, mask):
+        torch.library.opcheck(
+            attention, (*parts, added, added is None, 0.125), test_utils=("test_schema", "test_faketensor")
+        )
+        out, sums = attention(*parts, added, added is None, 0.125)
+        given = [part.detach() for part in (out, *parts)]
+        torch.library.opcheck(
+            attention_backward,
+            (*given, added, out.detach(), sums.detach(), added is None, 0.125),
+            test_utils=("test_schema", "test_faketensor"),
+        )
