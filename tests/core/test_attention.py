@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lowbit.core.attention import InOneOrder, _added, attention, attention_backward
+from lowbit.core.attention import InOneOrder, attention, attention_backward
 from lowbit.core.training import reproducible
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,18 +44,6 @@ def plainly(
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("kind", ["window", "bias"])
-def test_a_mask_as_what_is_added(kind: str) -> None:
-    query, mask = heads(HEADS, 0), how(kind)["attn_mask"]
-    added = _added(mask, query, query)
-    assert added.shape == (BATCH, HEADS, TOKENS, TOKENS)
-    assert (added.stride(-1), added.stride(-2) % 16) == (1, 0)
-    torch.testing.assert_close(
-        scaled_dot_product_attention(query, query, query, added),
-        scaled_dot_product_attention(query, query, query, mask),
-    )
-
-
 def test_a_cpu_keeps_its_own_and_settings_are_as_before() -> None:
     query = heads(HEADS, 0).requires_grad_()
     expected = scaled_dot_product_attention(query, query, query, is_causal=True)
@@ -77,28 +65,27 @@ def test_gradients_are_those_of_the_formula(kind: str, shared: int, dtype: torch
     expected = plainly(*exact, **how(kind))
     wanted = torch.autograd.grad((expected * seen).sum(), exact)
     ours = [part.cuda().requires_grad_() for part in parts]
-    options = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in how(kind).items()}
+    options = how(kind)
+    if "attn_mask" in options:
+        mask = options["attn_mask"].cuda()
+        options["attn_mask"] = mask if mask.dtype == torch.bool else mask.to(dtype)
     with reproducible():
         found = scaled_dot_product_attention(*ours, **options, enable_gqa=shared > 1)
         gradients = torch.autograd.grad((found * seen.cuda()).sum(), ours)
     close = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for one, other in zip((found, *gradients), (expected, *wanted), strict=True):
-        assert (one.detach().cpu().double() - other.detach()).norm() <= close * other.detach().norm()
+        error = (one.detach().cpu().double() - other.detach()).norm() / other.detach().norm()
+        assert error.item() <= close
 
 
 @on_gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["causal", "window"])
-def test_the_same_bits_every_time(kind: str, compiled: bool) -> None:
+def test_the_same_bits_every_time(compiled: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     parts = [torch.randn(16, 9, 1024, 64, device="cuda", generator=generator).requires_grad_() for _ in range(3)]
-    near = torch.arange(1024, device="cuda")[:, None] - torch.arange(1024, device="cuda")
-    options: dict[str, Any] = (
-        {"is_causal": True} if kind == "causal" else {"attn_mask": ((near >= 0) & (near < 50))[None, None]}
-    )
 
     def squares(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, **options).square().sum()
+        return scaled_dot_product_attention(query, key, value, is_causal=True).square().sum()
 
     run = torch.compile(squares, dynamic=False) if compiled else squares
     with reproducible(), torch.autocast("cuda", torch.bfloat16):
@@ -110,15 +97,7 @@ def test_the_same_bits_every_time(kind: str, compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_torch_wants_of_an_operation(dtype: torch.dtype) -> None:
     parts = [heads(HEADS, seed, dtype).cuda().requires_grad_() for seed in range(3)]
-    mask = _added(how("window")["attn_mask"].cuda(), parts[0], parts[1])
-    for added in (None, mask):
-        torch.library.opcheck(
-            attention, (*parts, added, added is None, 0.125), test_utils=("test_schema", "test_faketensor")
-        )
-        out, sums = attention(*parts, added, added is None, 0.125)
-        given = [part.detach() for part in (out, *parts)]
-        torch.library.opcheck(
-            attention_backward,
-            (*given, added, out.detach(), sums.detach(), added is None, 0.125),
-            test_utils=("test_schema", "test_faketensor"),
-        )
+    torch.library.opcheck(attention, (*parts, True, 0.125), test_utils=("test_schema", "test_faketensor"))
+    out, sums = attention(*parts, True, 0.125)
+    given = [part.detach() for part in (out, *parts, out, sums)]
+    torch.library.opcheck(attention_backward, (*given, True, 0.125), test_utils=("test_schema", "test_faketensor"))

@@ -3,8 +3,9 @@
 PyTorch's fused kernels add a query's gradient up in whatever order their blocks finish, also where deterministic algorithms are
 asked for, as long as other operations may be without one (`warn_only`). Asking for them without exception is no way out: it
 wants an environment variable from before the process began, and refuses models with any operation that has none. So what is
-asked for is asked for here, around these kernels alone: flash attention, and the memory-efficient one where there is a mask
-or float32 (both in PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+asked for is asked for here, around these kernels alone: flash attention, and the memory-efficient one for float32 (both in
+PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu). Attention with a mask stays as it is; most models have
+one only where windows are longer than those of their sliding attention.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-# what the memory-efficient kernel rounds its rows of a mask, and of sums of exponentials, up to
-_MASK_ALIGNMENT, _SUMS_ALIGNMENT = 16, 32
+# what the memory-efficient kernel rounds the number of its sums of exponentials up to
+_SUMS_ALIGNMENT = 32
 
 
 class InOneOrder(TorchFunctionMode):
-    """Within it scaled_dot_product_attention on a GPU has gradients that are the same bits every time."""
+    """Within it scaled_dot_product_attention without a mask, on a GPU, has gradients that are the same bits every time."""
 
     def __torch_function__(
         self,
@@ -51,18 +50,22 @@ def _attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, [batch, heads, tokens, width]; `plain` is that function."""
     width = query.shape[-1]
-    fits = query.dim() == 4 and value.shape[-1] == width and width % 8 == 0 and width <= 256
-    if not (query.is_cuda and torch.version.hip is None and fits and dropout_p == 0.0):
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    rows = all(one.dim() == 4 and one.shape[-1] == width and one.stride(-1) == 1 for one in (query, key, value))
+    plainly = attn_mask is not None or dropout_p > 0 or not rows or width % 8 != 0 or width > 256
+    if plainly or not (query.is_cuda and torch.version.hip is None and _has_kernel(query.device, dtype)):
         return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if torch.is_autocast_enabled("cuda"):
-        query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if enable_gqa:
         key, value = (_for_each_query(one, query.shape[1]) for one in (key, value))
-    mask = None if attn_mask is None else _added(attn_mask, query, key)
-    found: tuple[Tensor, Tensor] = attention(
-        query, key, value, mask, is_causal, width**-0.5 if scale is None else scale
-    )
+    found: tuple[Tensor, Tensor] = attention(query, key, value, is_causal, width**-0.5 if scale is None else scale)
     return found[0]
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Flash attention in 16 bits, from Ampere on; the other kernel in float32."""
+    flashes = dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return flashes or dtype == torch.float32
 
 
 def _for_each_query(heads: Tensor, wanted: int) -> Tensor:
@@ -71,36 +74,23 @@ def _for_each_query(heads: Tensor, wanted: int) -> Tensor:
     return heads[:, :, None].expand(-1, -1, wanted // count, -1, -1).reshape(batch, wanted, tokens, width)
 
 
-def _added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as what is added to scores, [batch, heads, queries, keys], in the layout that the kernel wants."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    keys = key.shape[2]
-    aligned = pad(mask.to(query.dtype), (0, -keys % _MASK_ALIGNMENT))
-    return aligned.expand(*query.shape[:3], -1)[..., :keys]
-
-
 @torch.library.custom_op("lowbit::attention", mutates_args=(), device_types="cuda")
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(output, logarithms of the sums of exponentials) of [batch, heads, tokens, width] on a GPU; to torch.compile one
     operation."""
-    if _flashes(query, mask):
+    if _flashes(query):
         found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     else:
         found = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, 0.0, causal, scale=scale
+            query, key, value, None, True, 0.0, causal, scale=scale
         )
     return found[0].contiguous(), found[1].contiguous()
 
 
 @attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = query.shape
-    sums = tokens if _flashes(query, mask) else -(-tokens // _SUMS_ALIGNMENT) * _SUMS_ALIGNMENT
+    sums = tokens if _flashes(query) else -(-tokens // _SUMS_ALIGNMENT) * _SUMS_ALIGNMENT
     return _like(query), query.new_empty((batch, heads, sums), dtype=torch.float32)
 
 
@@ -110,7 +100,6 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     out: Tensor,
     sums: Tensor,
     causal: bool,
@@ -119,14 +108,14 @@ def attention_backward(
     """Gradients of query, key and value, given that of `attention`'s output; sums: what it gave besides."""
     unused = query.new_empty(0, dtype=torch.int64)  # the state of random numbers, of which there are none
     with _without_exception():
-        if _flashes(query, mask):
+        if _flashes(query):
             found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 gradient, query, key, value, out, sums, None, None, query.shape[2], key.shape[2], 0.0, causal, unused, unused,
                 scale=scale,
             )  # fmt: skip
         else:
             found = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-                gradient, query, key, value, mask, out, sums, unused, unused, 0.0, [True, True, True, False], causal,
+                gradient, query, key, value, None, out, sums, unused, unused, 0.0, [True, True, True, False], causal,
                 scale=scale,
             )  # fmt: skip
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
@@ -138,7 +127,6 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     out: Tensor,
     sums: Tensor,
     causal: bool,
@@ -148,21 +136,20 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, mask, *output)
+    query, key, value, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output)
 
 
 def _back(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     found = attention_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *found, None, None, None
+    return *found, None, None
 
 
 attention.register_autograd(_back, setup_context=_remember)
 
 
-def _flashes(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether flash attention can be had; a GPU older than Ampere has the other kernel only."""
-    return mask is None and query.dtype in _SIXTEEN_BITS and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def _flashes(query: Tensor) -> bool:
+    return query.dtype != torch.float32
 
 
 def _like(tensor: Tensor) -> Tensor:
