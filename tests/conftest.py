@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # tests run side by side (pytest -n): more threads than cores would only wait for each other
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the small models of these tests write is of no use to anyone later."""
+    library = tmp_path_factory.mktemp("texts")
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("calibration", "last_pass"):
+            patch.setattr(f"lowbit.api.{user}.text_library", lambda: library)
+        yield
 
 
 @pytest.fixture

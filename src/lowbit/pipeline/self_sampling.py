@@ -2,30 +2,39 @@
 
 LLM-QAT (Liu et al. 2023) samples its training text this way. The whole model has to be in memory for it, since every
 token needs all blocks; a model that does not fit needs a text.
+
+What a model wrote is kept for later runs on this machine: it takes minutes, and other methods of the same model ask for the
+same text. It also makes results repeatable: on a GPU the same model with the same seed was seen to write other text.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit.core.contracts import Checkpoint
-from lowbit.core.errors import CalibrationError
+from lowbit.core.errors import CalibrationError, OutputError
 from lowbit.core.hardware import calibration_dtype, free_memory_on
 from lowbit.core.progress import Progress
 from lowbit.core.scheme import DTYPES
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.core.text import windows_digest
 from lowbit.pipeline.writer import save_tensors
 
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
 _TOGETHER = 4096
-_FILES = {"calibration": "self-sampled.safetensors", "tuning": "self-sampled-more.safetensors"}
+# in the directory of an unfinished artifact: what calibration uses, and what the last pass does besides
+CALIBRATION_FILE, TUNING_FILE = "self-sampled.safetensors", "self-sampled-more.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,27 +49,53 @@ class Sampling:
 
 
 def kept_samples(
-    wanted: Sampling,
-    directory: Path,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    progress: Progress,
-    purpose: Literal["calibration", "tuning"] = "calibration",
+    wanted: Sampling, file: Path, library: Path, checkpoint: Checkpoint, device: torch.device, progress: Progress
 ) -> Tensor:
-    """`sample_windows`, written into a directory, or read from there when an earlier run sampled them already."""
-    file = directory / _FILES[purpose]
-    if file.exists():
-        windows = load_file(file)["windows"]
-        if windows.shape == (wanted.count, wanted.length):
-            return windows
-    windows = sample_windows(wanted, checkpoint, device, progress)
+    """`sample_windows`, or what is there of them: in `file`, where an earlier try at the same artifact put them, or in the
+    directory `library`, where every run does. Both have them afterwards, the library unless it cannot be written.
+
+    Raises CalibrationError as `sample_windows`, and OutputError where `file` cannot be written.
+    """
+    shelved = library / f"{_key(wanted, checkpoint, device)}.safetensors"
+    windows = _read(file, wanted)
+    if windows is not None:
+        return windows
+    windows = _read(shelved, wanted)
+    if windows is None:
+        windows = sample_windows(wanted, checkpoint, device, progress)
+        with contextlib.suppress(OutputError, OSError):
+            _put(shelved, windows)
     save_tensors(file, {"windows": windows})
     return windows
 
 
+def _read(file: Path, wanted: Sampling) -> Tensor | None:
+    try:
+        windows = load_file(file)["windows"].long()
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return windows if windows.shape == (wanted.count, wanted.length) else None
+
+
+def _put(file: Path, windows: Tensor) -> None:
+    """Whole or not at all, also when two runs come to it at once."""
+    own = file.with_name(f"{file.stem}.{os.getpid()}.safetensors")
+    save_tensors(own, {"windows": windows.int()})
+    own.replace(file)
+
+
+def _key(wanted: Sampling, checkpoint: Checkpoint, device: torch.device) -> str:
+    """A hash of all that decides what is written: the file's name in the library."""
+    begun = "" if wanted.begun is None else windows_digest(wanted.begun)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = torch.__version__, transformers.__version__
+    parts = (checkpoint.identity(), wanted.count, wanted.length, wanted.seed, begun, _DOCUMENT, machine, *versions)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
+
+
 def remove_samples(directory: Path) -> None:
     """Drop the windows of a finished artifact."""
-    for name in _FILES.values():
+    for name in (CALIBRATION_FILE, TUNING_FILE):
         (directory / name).unlink(missing_ok=True)
 
 
