@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-from lowbit.core.attention import InOneOrder, attention, attention_backward
+from lowbit.core.attention import attention, attention_backward, attention_in_one_order
 from lowbit.core.training import reproducible
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,14 +45,28 @@ def plainly(
     return scores.softmax(-1) @ value
 
 
-def test_a_cpu_keeps_its_own_and_settings_are_as_before() -> None:
+def test_it_is_there_where_it_is_asked_for_and_a_cpu_keeps_its_own() -> None:
     query = heads(HEADS, 0).requires_grad_()
     expected = scaled_dot_product_attention(query, query, query, is_causal=True)
-    with InOneOrder():
-        assert torch.equal(scaled_dot_product_attention(query, query, query, is_causal=True), expected)
+    with attention_in_one_order() as nothing:
+        assert nothing is None
     with reproducible():
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
+        with attention_in_one_order() as mode:
+            assert isinstance(mode, TorchFunctionMode)
+            assert torch.equal(scaled_dot_product_attention(query, query, query, is_causal=True), expected)
+        with torch.no_grad(), attention_in_one_order() as nothing:
+            assert nothing is None
+
+
+def test_torch_compile_takes_it_into_one_graph() -> None:
+    def squares(query: Tensor) -> Tensor:
+        with attention_in_one_order():
+            return scaled_dot_product_attention(query, query, query, is_causal=True).square().sum()
+
+    query = heads(HEADS, 0).requires_grad_()
+    with reproducible():
+        found = torch.compile(squares, backend="eager", fullgraph=True)(query)
+    torch.testing.assert_close(found, squares(query))
 
 
 @on_gpu
@@ -69,7 +84,7 @@ def test_gradients_are_those_of_the_formula(kind: str, shared: int, dtype: torch
     if "attn_mask" in options:
         mask = options["attn_mask"].cuda()
         options["attn_mask"] = mask if mask.dtype == torch.bool else mask.to(dtype)
-    with reproducible():
+    with reproducible(), attention_in_one_order():
         found = scaled_dot_product_attention(*ours, **options, enable_gqa=shared > 1)
         gradients = torch.autograd.grad((found * seen.cuda()).sum(), ours)
     close = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
@@ -85,7 +100,8 @@ def test_the_same_bits_every_time(compiled: bool) -> None:
     parts = [torch.randn(16, 9, 1024, 64, device="cuda", generator=generator).requires_grad_() for _ in range(3)]
 
     def squares(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, is_causal=True).square().sum()
+        with attention_in_one_order():
+            return scaled_dot_product_attention(query, key, value, is_causal=True).square().sum()
 
     run = torch.compile(squares, dynamic=False) if compiled else squares
     with reproducible(), torch.autocast("cuda", torch.bfloat16):

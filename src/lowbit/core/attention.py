@@ -11,7 +11,7 @@ one only where windows are longer than those of their sliding attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +22,14 @@ from torch.overrides import TorchFunctionMode
 _SUMS_ALIGNMENT = 32
 
 
-class InOneOrder(TorchFunctionMode):
-    """Within it scaled_dot_product_attention without a mask, on a GPU, has gradients that are the same bits every time."""
+def attention_in_one_order() -> AbstractContextManager[object]:
+    """Within it scaled_dot_product_attention without a mask, on a GPU, has gradients that are the same bits every time, if
+    deterministic algorithms are asked for and gradients are kept. For a module's pass alone: every operation takes longer."""
+    wanted = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
+    return _InOneOrder() if wanted else nullcontext()
 
+
+class _InOneOrder(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -32,7 +37,7 @@ class InOneOrder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention and torch.is_grad_enabled():
+        if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.architectures import Architecture, known_architecture, unknown_architecture
+from lowbit.core.attention import attention_in_one_order
 from lowbit.core.checkpoint.prefetch import Prefetching
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CheckpointError
@@ -209,11 +210,12 @@ def run_module(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Hidden states through a block with its own weights, or others."""
-    if weights is None:
-        output = block(hidden, *args, **kwargs)
-    else:
-        output = torch.func.functional_call(block, dict(weights), (hidden, *args), kwargs)
+    """Hidden states through a block with its own weights, or others; reproducibly where that is asked for."""
+    with attention_in_one_order():
+        if weights is None:
+            output = block(hidden, *args, **kwargs)
+        else:
+            output = torch.func.functional_call(block, dict(weights), (hidden, *args), kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 

@@ -11,12 +11,10 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
-from lowbit.core.attention import InOneOrder
-
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Kernels that add up in the same order every time, as far as there are any, and attention that does (attention.py)."""
+    """Kernels that add up in the same order every time, as far as there are any; `run_module` sees to attention."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
@@ -28,8 +26,7 @@ def reproducible() -> Iterator[None]:
         # every new tensor would be filled with NaN first, though none is read before it is written
         settings.fill_uninitialized_memory = False
         try:
-            with InOneOrder():
-                yield
+            yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warned)
             settings.fill_uninitialized_memory = filled
