@@ -1,11 +1,11 @@
 """Attention on a GPU whose gradients are added up in one order.
 
 PyTorch's fused kernels add a query's gradient up in whatever order their blocks finish, also where deterministic algorithms are
-asked for, as long as other operations may be without one (`warn_only`). Asking for them without exception is no way out: it
-wants an environment variable from before the process began, and refuses models with any operation that has none. So what is
-asked for is asked for here, around these kernels alone: flash attention, and the memory-efficient one for float32 (both in
-PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu). Attention with a mask stays as it is; most models have
-one only where windows are longer than those of their sliding attention.
+asked for, as long as other operations may be without one (`warn_only`); cuDNN's, which come first on Hopper, know no other way.
+Asking without exception is not possible: it wants an environment variable from before the process began, and refuses models
+with any operation that has none. So it is asked for here, around two kernels alone: flash attention, and the memory-efficient
+one for float32 (PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu and sdp_utils.cpp). Attention with a mask
+stays as it is; most models have one only where windows are longer than those of their sliding attention.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import CalibrationError, OutputError
@@ -33,6 +34,9 @@ from lowbit.pipeline.writer import save_tensors
 # documents are short and many are sampled at once: a token costs one pass through the model however many run beside it
 _DOCUMENT = 256
 _TOGETHER = 4096
+# not cuDNN's, which PyTorch takes first on Hopper: it plans anew for every number of tokens that it has not seen (14 of 16
+# seconds on an H200 for documents of 256), and deterministic algorithms that others may be without do not exclude it
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # in the directory of an unfinished artifact: what calibration uses, and what the last pass does besides
 CALIBRATION_FILE, TUNING_FILE = "self-sampled.safetensors", "self-sampled-more.safetensors"
 
@@ -113,7 +117,7 @@ def sample_windows(wanted: Sampling, checkpoint: Checkpoint, device: torch.devic
     starts = _starts(wanted, total, document, int(checkpoint.config["vocab_size"]))
     batches = [part for start in starts for part in start.split(batch)]
     progress.start("sample", len(batches))
-    with torch.random.fork_rng(), model.whole() as network:
+    with torch.random.fork_rng(), sdpa_kernel(_ATTENTION), model.whole() as network:
         torch.manual_seed(wanted.seed)
         documents = []
         for first in batches:
