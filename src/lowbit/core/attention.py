@@ -4,7 +4,7 @@ PyTorch's fused kernels add a query's gradient up in whatever order their blocks
 asked for, as long as other operations may be without one (`warn_only`); cuDNN's, which come first on Hopper, know no other way.
 Asking without exception is not possible: it wants an environment variable from before the process began, and refuses models
 with any operation that has none. So it is asked for here, around two kernels alone: flash attention, and the memory-efficient
-one for float32 (PyTorch's aten/src/ATen/native/transformers/cuda/attention_backward.cu and sdp_utils.cpp). Attention with a mask
+one for float32 (aten/src/ATen/native/transformers/cuda/attention_backward.cu, sdp_utils.cpp in PyTorch). Attention with a mask
 stays as it is; most models have one only where windows are longer than those of their sliding attention.
 """
 
