@@ -81,7 +81,8 @@ def written(
 ) -> tuple[Path, float]:
     output = args.out / f"lowbit-{kind}-{row}.gguf"
     text = {} if row == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
-    settings = Settings(verify=False, restart=True)
+    # text that the model writes counts, so none that an earlier row wrote is taken
+    settings = Settings(verify=False, restart=True, library=output.with_suffix(".texts"))
     result = quantize(args.model, output=output, method=kind, settings=settings, options=options, **further, **text)
     return output, result.run["seconds"]
 

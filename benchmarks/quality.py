@@ -211,6 +211,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the table there")
     args = parser.parse_args()
     args.rows = args.rows.split(",")
+    if not all("=" in named for named in args.python):
+        parser.error("--python takes ENVIRONMENT=PATH")
     args.python = dict(named.split("=", 1) for named in args.python)
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:

@@ -36,8 +36,7 @@ def _own_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the small models of these tests write is of no use to anyone later."""
     library = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
-        for user in ("calibration", "last_pass"):
-            patch.setattr(f"lowbit.api.{user}.text_library", lambda: library)
+        patch.setattr("lowbit.api.run.text_library", lambda: library)
         yield
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
-from lowbit.pipeline.self_sampling import Sampling, kept_samples, sample_windows
+from lowbit.pipeline.self_sampling import Sampling, Shelves, kept_samples, sample_windows
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_what_was_written_once_is_on_the_shelf(tiny_llama: Path, tmp_path: Path)
 
     def kept(work: str, **changed: Any) -> torch.Tensor:
         wanted = replace(Sampling(4, 32, 3), **changed)
-        return kept_samples(wanted, tmp_path / work / "own.safetensors", library, checkpoint, CPU, progress)
+        return kept_samples(wanted, "own", Shelves(tmp_path / work, library), checkpoint, CPU, progress)
 
     first = kept("a")
     assert torch.equal(first, sample_windows(Sampling(4, 32, 3), checkpoint, CPU, Silent()))
@@ -76,9 +76,8 @@ def test_what_was_written_once_is_on_the_shelf(tiny_llama: Path, tmp_path: Path)
 
 def test_a_library_that_cannot_be_written_is_done_without(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "library").write_text("a file")
-    file = tmp_path / "own.safetensors"
     wanted, progress = Sampling(4, 32, 3), Counting()
-    places = file, tmp_path / "library"
+    places = "own", Shelves(tmp_path, tmp_path / "library")
     first = kept_samples(wanted, *places, open_checkpoint(tiny_llama), CPU, progress)
     assert torch.equal(kept_samples(wanted, *places, open_checkpoint(tiny_llama), CPU, progress), first)
     assert progress.times == 1

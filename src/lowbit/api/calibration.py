@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -12,18 +10,17 @@ from lowbit.core.errors import CalibrationError, RecipeError
 from lowbit.core.progress import Progress
 from lowbit.core.text import first_windows, token_windows
 from lowbit.core.tokenizer import load_tokenizer
-from lowbit.environments import default_root
-from lowbit.pipeline.self_sampling import CALIBRATION_FILE, Sampling, kept_samples
+from lowbit.pipeline.self_sampling import CALIBRATION_FILE, Sampling, Shelves, kept_samples
 from lowbit.recipe import Calibration
 
 VERIFY_WINDOWS, VERIFY_CONTEXT = 8, 512
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, wanted: Calibration, device: torch.device, work: Path, progress: Progress
+    checkpoint: Checkpoint, wanted: Calibration, device: torch.device, shelves: Shelves, progress: Progress
 ) -> Tensor:
-    """[num_samples, seq_len] int64, text first. What the model has to write itself ("self") is kept in `work` for a
-    continued run, and in the library for others.
+    """[num_samples, seq_len] int64, text first. What the model has to write itself ("self") is kept for a
+    continued run and for others.
 
     checkpoint: read as dense weights. Raises RecipeError for windows longer than the model's positions, CalibrationError
     for too little text.
@@ -42,14 +39,8 @@ def calibration_windows(
         windows.append(token_windows("+".join(texts), tokenizer, count, wanted.seq_len, wanted.seed))
     if sampled:
         sampling = Sampling(sampled, wanted.seq_len, wanted.seed)
-        file = work / CALIBRATION_FILE
-        windows.append(kept_samples(sampling, file, text_library(), checkpoint, device, progress))
+        windows.append(kept_samples(sampling, CALIBRATION_FILE, shelves, checkpoint, device, progress))
     return torch.cat(windows)
-
-
-def text_library() -> Path:
-    """Where text is kept that models wrote: `$XDG_CACHE_HOME/lowbit/texts`, by default in `~/.cache`. It may be deleted."""
-    return default_root().parent / "texts"
 
 
 def sampled_windows(wanted: Calibration) -> int:

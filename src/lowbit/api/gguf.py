@@ -199,7 +199,8 @@ class _GgufRun:
         if not self.recipe.tune.steps or model is None or windows is None:
             return None
         rounded = {path: linear for path, linear in linears.items() if job.types[linear.tensor] in CODECS}
-        text = last_pass_windows(self.checkpoint, self.recipe, windows, self.device, work, self.progress)
+        shelves = self.settings.shelves(work)
+        text = last_pass_windows(self.checkpoint, self.recipe, windows, self.device, shelves, self.progress)
         options, streams = last_pass_options(self.recipe), self._streams(work)
         return tune_gguf(job, model, rounded, text, options, streams, self.progress)
 
@@ -241,7 +242,7 @@ class _GgufRun:
         wanted = self.recipe.calibration
         if self.options.refine == "none" or self.options.imatrix or wanted.dataset == NO_TEXT:
             return None
-        return calibration_windows(self.checkpoint, wanted, self.device, work, self.progress)
+        return calibration_windows(self.checkpoint, wanted, self.device, self.settings.shelves(work), self.progress)
 
     def _inputs(self, source: GgufSource, digest: str | None) -> dict[str, Any]:
         """Everything that decides the bytes of the file."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from lowbit.api.calibration import sampled_windows, text_library
+from lowbit.api.calibration import sampled_windows
 from lowbit.core.contracts import Checkpoint
 from lowbit.core.errors import RecipeError
 from lowbit.core.ggml_types import file_type
@@ -15,7 +13,7 @@ from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS
 from lowbit.pipeline.codes import check_memory
-from lowbit.pipeline.self_sampling import TUNING_FILE, Sampling, kept_samples
+from lowbit.pipeline.self_sampling import TUNING_FILE, Sampling, Shelves, kept_samples
 from lowbit.pipeline.tune import TuneOptions
 from lowbit.recipe import Recipe
 
@@ -27,18 +25,17 @@ def last_pass_options(recipe: Recipe) -> TuneOptions:
 
 
 def last_pass_windows(
-    checkpoint: Checkpoint, recipe: Recipe, windows: Tensor, device: torch.device, work: Path, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, windows: Tensor, device: torch.device, shelves: Shelves, progress: Progress
 ) -> Tensor:
     """The calibration's windows, and those that the model writes for this pass alone, [samples, seq_len] int64: half of its
-    documents go on from passages of the calibration's text. They are kept in `work` for a continued run, and in the library.
+    documents go on from passages of the calibration's text. They are kept for a continued run and for others.
     Raises CalibrationError when the model does not fit in memory for that."""
     text, own = recipe.calibration, recipe.tune.self_samples
     if not own:
         return windows
     count = len(windows) - sampled_windows(text)
     sampling = Sampling(own, text.seq_len, text.seed + 1, windows[:count] if count else None)
-    file = work / TUNING_FILE
-    return torch.cat([windows, kept_samples(sampling, file, text_library(), checkpoint, device, progress)])
+    return torch.cat([windows, kept_samples(sampling, TUNING_FILE, shelves, checkpoint, device, progress)])
 
 
 def has_even_codes_of(file_type_name: str) -> bool:

@@ -210,12 +210,14 @@ class _Run:
     def _calibration_windows(self, work: Path) -> Tensor | None:
         if not self.plan.needs_calibration and not self.recipe.tune.steps:
             return None
-        return calibration_windows(self.source, self.recipe.calibration, self.device, work, self.progress)
+        shelves = self.settings.shelves(work)
+        return calibration_windows(self.source, self.recipe.calibration, self.device, shelves, self.progress)
 
     def _tune(self, windows: Tensor | None, writer: ShardedWriter, work: Path) -> dict[str, Any] | None:
         if not self.recipe.tune.steps or windows is None or self.plan.format is None:
             return None
-        text = last_pass_windows(self.source, self.recipe, windows, self.device, work, self.progress)
+        shelves = self.settings.shelves(work)
+        text = last_pass_windows(self.source, self.recipe, windows, self.device, shelves, self.progress)
         options, streams = last_pass_options(self.recipe), self._streams(work)
         return tune_artifact(self.plan, self.model, text, writer, options, streams, self.progress)
 

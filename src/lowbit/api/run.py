@@ -6,7 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lowbit.environments import default_root
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.self_sampling import Shelves
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Settings:
     """How a run is carried out; none of it changes what the artifact means.
 
     max_memory: bytes that calibration states may take before they spill to disk. max_kl (nats), min_recovery (percent, of
-    perplexity): what verification asks of the result.
+    perplexity): what verification asks of the result. library: the directory where text is kept that models wrote, and taken
+    again; None: `text_library`.
     """
 
     device: str = "auto"
@@ -38,6 +44,18 @@ class Settings:
     max_kl: float | None = None
     restart: bool = False
     min_recovery: float | None = None
+    library: Path | None = None
+
+    def shelves(self, work: Path) -> Shelves:
+        """Where text that the model writes is looked for and kept, `work` being the directory of the unfinished artifact."""
+        from lowbit.pipeline.self_sampling import Shelves  # torch with it, which commands' options do without
+
+        return Shelves(work, self.library or text_library())
+
+
+def text_library() -> Path:
+    """`$XDG_CACHE_HOME/lowbit/texts`, by default in `~/.cache`. It may be deleted."""
+    return default_root().parent / "texts"
 
 
 def run_cost(resumed_blocks: int, seconds: float, verification: float, peak: Mapping[str, float]) -> dict[str, Any]:

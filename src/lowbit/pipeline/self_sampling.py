@@ -13,10 +13,10 @@ import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -52,15 +52,24 @@ class Sampling:
     begun: Tensor | None = None
 
 
-def kept_samples(
-    wanted: Sampling, file: Path, library: Path, checkpoint: Checkpoint, device: torch.device, progress: Progress
-) -> Tensor:
-    """`sample_windows`, or what is there of them: in `file`, where an earlier try at the same artifact put them, or in the
-    directory `library`, where every run does. Both have them afterwards, the library unless it cannot be written.
+@dataclass(frozen=True)
+class Shelves:
+    """Directories of text that models wrote: of an unfinished artifact, and for every later run on this machine."""
 
-    Raises CalibrationError as `sample_windows`, and OutputError where `file` cannot be written.
+    work: Path
+    library: Path
+
+
+def kept_samples(
+    wanted: Sampling, name: str, shelves: Shelves, checkpoint: Checkpoint, device: torch.device, progress: Progress
+) -> Tensor:
+    """`sample_windows`, or what is there of them: as the file `name` where an earlier try at the same artifact put them, or in
+    the library. Both have them afterwards, the library unless it cannot be written.
+
+    Raises CalibrationError as `sample_windows`, and OutputError where the file cannot be written.
     """
-    shelved = library / f"{_key(wanted, checkpoint, device)}.safetensors"
+    file = shelves.work / name
+    shelved = shelves.library / f"{_key(wanted, checkpoint, device)}.safetensors"
     windows = _read(file, wanted)
     if windows is not None:
         return windows
@@ -92,7 +101,7 @@ def _key(wanted: Sampling, checkpoint: Checkpoint, device: torch.device) -> str:
     """A hash of all that decides what is written: the file's name in the library."""
     begun = "" if wanted.begun is None else windows_digest(wanted.begun)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = torch.__version__, transformers.__version__
+    versions = torch.__version__, version("transformers")
     parts = (checkpoint.identity(), wanted.count, wanted.length, wanted.seed, begun, _DOCUMENT, machine, *versions)
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
 
