@@ -25,6 +25,7 @@ from lowbit.methods.even_grid import EvenGrid
 from lowbit.methods.kquants import CODECS
 from lowbit.pipeline.codes import Codes, Start, check_memory
 from lowbit.pipeline.factors import Factors
+from lowbit.pipeline.self_sampling import Shelves
 from lowbit.pipeline.student import Student
 from lowbit.recipe import Recipe, preset
 from tests.interrupted import StopAt
@@ -310,7 +311,8 @@ def test_the_model_goes_on_from_the_text_of_the_calibration_and_from_nothing_els
     recipe = Recipe.parse({**recipe.model_dump(), "tune": {"steps": 1, "self_samples": 6}})
     text, own = torch.arange(128).view(2, 64), torch.full((2, 64), 400)
     device = torch.device("cpu")
-    windows = last_pass_windows(open_checkpoint(tiny_llama), recipe, torch.cat([text, own]), device, tmp_path, Silent())
+    shelves = Shelves(tmp_path / "work", tmp_path / "library")
+    windows = last_pass_windows(open_checkpoint(tiny_llama), recipe, torch.cat([text, own]), device, shelves, Silent())
     assert windows.shape == (10, 64)
     assert torch.equal(windows[:4], torch.cat([text, own]))
     for window in windows[7:]:
