@@ -82,7 +82,7 @@ def written(
     output = args.out / f"lowbit-{kind}-{row}.gguf"
     text = {} if row == "none" else {"dataset": str(args.text), "num_samples": args.samples, "seq_len": args.seq_len}
     # text that the model writes counts, so none that an earlier row wrote is taken
-    settings = Settings(verify=False, restart=True, library=output.with_suffix(".texts"))
+    settings = Settings(verify=False, restart=True, texts=output.with_suffix(".texts"))
     result = quantize(args.model, output=output, method=kind, settings=settings, options=options, **further, **text)
     return output, result.run["seconds"]
 

@@ -32,11 +32,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the small models of these tests write is of no use to anyone later."""
-    library = tmp_path_factory.mktemp("texts")
+    texts = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowbit.api.run.text_library", lambda: library)
+        patch.setattr("lowbit.api.run.texts_directory", lambda: texts)
         yield
 
 

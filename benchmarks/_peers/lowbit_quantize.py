@@ -22,5 +22,5 @@ if __name__ == "__main__":
     torch.set_num_threads(args.threads)
     with Measured("lowbit"):
         # text that the model writes counts, so none that an earlier row wrote is taken
-        settings = Settings(verify=False, library=Path(args.output).with_suffix(".texts"))
+        settings = Settings(verify=False, texts=Path(args.output).with_suffix(".texts"))
         lowbit.quantize(args.model, output=args.output, settings=settings, **json.loads(args.recipe))

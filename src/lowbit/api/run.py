@@ -33,8 +33,8 @@ class Settings:
     """How a run is carried out; none of it changes what the artifact means.
 
     max_memory: bytes that calibration states may take before they spill to disk. max_kl (nats), min_recovery (percent, of
-    perplexity): what verification asks of the result. library: the directory where text is kept that models wrote, and taken
-    again; None: `text_library`.
+    perplexity): what verification asks of the result. texts: the directory where text is kept that models wrote, and taken
+    again; None: `texts_directory`.
     """
 
     device: str = "auto"
@@ -44,16 +44,16 @@ class Settings:
     max_kl: float | None = None
     restart: bool = False
     min_recovery: float | None = None
-    library: Path | None = None
+    texts: Path | None = None
 
     def shelves(self, work: Path) -> Shelves:
         """Where text that the model writes is looked for and kept, `work` being the directory of the unfinished artifact."""
         from lowbit.pipeline.self_sampling import Shelves  # torch with it, which commands' options do without
 
-        return Shelves(work, self.library or text_library())
+        return Shelves(work, self.texts or texts_directory())
 
 
-def text_library() -> Path:
+def texts_directory() -> Path:
     """`$XDG_CACHE_HOME/lowbit/texts`, by default in `~/.cache`. It may be deleted."""
     return default_root().parent / "texts"
 

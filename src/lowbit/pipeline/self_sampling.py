@@ -57,22 +57,22 @@ class Shelves:
     """Directories of text that models wrote: of an unfinished artifact, and for every later run on this machine."""
 
     work: Path
-    library: Path
+    texts: Path
 
 
 def kept_samples(
     wanted: Sampling, name: str, shelves: Shelves, checkpoint: Checkpoint, device: torch.device, progress: Progress
 ) -> Tensor:
-    """`sample_windows`, or what is there of them: as the file `name` where an earlier try at the same artifact put them, or in
-    the library. Both have them afterwards, the library unless it cannot be written.
+    """`sample_windows`, or what is there of them: as the file `name` where an earlier try at the same artifact put them, or on
+    the machine's shelf. Both have them afterwards, that shelf unless it cannot be written.
 
     Raises CalibrationError as `sample_windows`, and OutputError where the file cannot be written.
     """
     file = shelves.work / name
-    shelved = shelves.library / f"{_key(wanted, checkpoint, device)}.safetensors"
     windows = _read(file, wanted)
     if windows is not None:
         return windows
+    shelved = shelves.texts / f"{_key(wanted, checkpoint, device)}.safetensors"
     windows = _read(shelved, wanted)
     if windows is None:
         windows = sample_windows(wanted, checkpoint, device, progress)
@@ -98,7 +98,7 @@ def _put(file: Path, windows: Tensor) -> None:
 
 
 def _key(wanted: Sampling, checkpoint: Checkpoint, device: torch.device) -> str:
-    """A hash of all that decides what is written: the file's name in the library."""
+    """A hash of all that decides what is written: the file's name on the shelf."""
     begun = "" if wanted.begun is None else windows_digest(wanted.begun)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = torch.__version__, version("transformers")
