@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -114,7 +113,7 @@ def test_the_same_bits_every_time(compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_torch_wants_of_an_operation(dtype: torch.dtype) -> None:
     parts = [heads(HEADS, seed, dtype).cuda().requires_grad_() for seed in range(3)]
-    opcheck(attention, (*parts, True, 0.125), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(attention, (*parts, True, 0.125), test_utils=("test_schema", "test_faketensor"))
     out, sums = attention(*parts, True, 0.125)
     given = [part.detach() for part in (out, *parts, out, sums)]
-    opcheck(attention_backward, (*given, True, 0.125), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(attention_backward, (*given, True, 0.125), test_utils=("test_schema", "test_faketensor"))

@@ -15,8 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.overrides import TorchFunctionMode
 
 # what the memory-efficient kernel rounds the number of its sums of exponentials up to
@@ -80,7 +79,7 @@ def _for_each_query(heads: Tensor, wanted: int) -> Tensor:
     return heads[:, :, None].expand(-1, -1, wanted // count, -1, -1).reshape(batch, wanted, tokens, width)
 
 
-@custom_op("lowbit::attention", mutates_args=(), device_types="cuda")
+@library.custom_op("lowbit::attention", mutates_args=(), device_types="cuda")
 def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(output, logarithms of the sums of exponentials) of [batch, heads, tokens, width] on a GPU; to torch.compile one
     operation."""
@@ -100,7 +99,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> 
     return _like(query), query.new_empty((batch, heads, sums), dtype=torch.float32)
 
 
-@custom_op("lowbit::attention_backward", mutates_args=(), device_types="cuda")
+@library.custom_op("lowbit::attention_backward", mutates_args=(), device_types="cuda")
 def attention_backward(
     gradient: Tensor,
     query: Tensor,
