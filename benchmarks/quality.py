@@ -52,6 +52,9 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, work: Path) -> None:
+    for row in map(ROWS.__getitem__, args.rows):
+        if isinstance(row, Peer) and row.environment not in args.python:
+            args.python[row.environment] = python_of(row.environment, args.root)
     model = args.model or build_default_model(work / "model")
     texts = args.evaluation or [args.calibration]
     counts = [*args.windows, *[args.windows[-1]] * len(texts)]
@@ -61,13 +64,19 @@ def run(args: argparse.Namespace, work: Path) -> None:
     print(f"{model}: {describe(model)}; calibration {list(calibration.shape)} tokens of {args.calibration}; evaluation "
           f"{', '.join(f'{list(part.shape)} of {text}' for text, part in held_out.items())}\n", flush=True)  # fmt: skip
     table = [line("base", "", model, model, base, base, held_out, {})]
+    failed = []
     for name in args.rows:
         row = ROWS[name]
         output = work / (name.replace(":", "-") + (row.suffix if isinstance(row, Ours) else ""))
         shutil.rmtree(output, ignore_errors=True)
         output.unlink(missing_ok=True)
         print(f"{name} ...", file=sys.stderr, flush=True)
-        cost = quantize(row, model, output, work / "tokens.npy", args)
+        try:
+            cost = quantize(row, model, output, work / "tokens.npy", args)
+        except SideEnvironmentError as error:  # the other rows took long: theirs are printed
+            failed.append(name)
+            print(f"{name} is left out: {error.message}", file=sys.stderr, flush=True)
+            continue
         dense = output / "dense"  # what the maker of a layout that is only its own dequantized
         candidate = runnable_model(dense if dense.is_dir() else output, model).to(args.device)
         table.append(line(name, describe(output), output, model, base, candidate, held_out, cost))
@@ -75,6 +84,8 @@ def run(args: argparse.Namespace, work: Path) -> None:
     print_table(table)
     if args.json:
         args.json.write_text(json.dumps(table, indent=1))
+    if failed:
+        raise SystemExit(f"failed, and left out of the table: {', '.join(failed)}")
 
 
 def quantize(
@@ -93,8 +104,9 @@ def quantize(
     argv = [str(PEERS / row.script), str(model.absolute()), str(output), "--tokens", str(tokens)]
     argv += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--bits", str(args.bits)]
     argv += ["--group-size", str(args.group_size), "--sym" if args.sym else "--no-sym", "--threads", str(args.threads)]
-    python = args.python.get(row.environment) or python_of(row.environment, args.root)
-    return measured(str(python), [*argv, "--device", args.device, *row.arguments], child_variables())
+    return measured(
+        str(args.python[row.environment]), [*argv, "--device", args.device, *row.arguments], child_variables()
+    )
 
 
 def measured(python: str, argv: list[str], variables: dict[str, str] | None = None) -> dict[str, Any]:
@@ -102,7 +114,7 @@ def measured(python: str, argv: list[str], variables: dict[str, str] | None = No
     SideEnvironmentError with its last words."""
     done = subprocess.run([python, *argv], capture_output=True, text=True, env=variables)
     if done.returncode:
-        raise SideEnvironmentError(f"{argv[0]} failed:\n{done.stderr[-2000:]}")
+        raise SideEnvironmentError(f"{argv[0]} failed (exit {done.returncode}):\n{done.stderr[-2000:]}")
     cost: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return cost
 
