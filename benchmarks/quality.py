@@ -100,7 +100,7 @@ def quantize(
         argv = [str(PEERS / "lowbit_quantize.py"), str(model), str(output), "--recipe", json.dumps(recipe)]
         return measured(sys.executable, [*argv, "--threads", str(args.threads)])
     if isinstance(row, Here):
-        return measured(sys.executable, [str(PEERS / row.script), str(model), str(output)])
+        return measured(sys.executable, [str(PEERS / row.script), str(model), str(output), "--device", args.device])
     argv = [str(PEERS / row.script), str(model.absolute()), str(output), "--tokens", str(tokens)]
     argv += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--bits", str(args.bits)]
     argv += ["--group-size", str(args.group_size), "--sym" if args.sym else "--no-sym", "--threads", str(args.threads)]

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("output")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,6 +21,6 @@ if __name__ == "__main__":
     )
     with Measured("bitsandbytes"):
         model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float16, quantization_config=config, device_map={"": "cpu"}
+            args.model, dtype=torch.float16, quantization_config=config, device_map={"": args.device}
         )
         model.save_pretrained(args.output)
