@@ -56,6 +56,20 @@ def test_a_changed_byte_is_noticed(artifact: Path, tmp_path: Path) -> None:
     assert isinstance(result.exception, CheckpointError)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none.gguf", "none.gguf does not exist"),
+        ("none-00001-of-00002.gguf", "none-00001-of-00002.gguf is missing"),
+        ("none", "none does not exist"),
+    ],
+)
+def test_what_is_not_there_is_said_so(name: str, said: str, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path / name)])
+    assert isinstance(found.exception, CheckpointError)
+    assert said in str(found.exception)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
 def test_dequantized_weights_and_llama_cpp_agree(folder: Path, artifact: Path) -> None:
     from lowbit.api.evaluate import evaluate

@@ -30,6 +30,8 @@ def inspect(
 
         inspect_gguf(artifact, layers=layers, check=check, as_json=as_json)
         return
+    if not artifact.exists():
+        raise CheckpointError(f"{artifact} does not exist")
     file = artifact / "lowbit.json"
     if not file.is_file():
         raise CheckpointError(
