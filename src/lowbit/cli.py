@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Any
 
 import typer
 
@@ -33,7 +34,7 @@ from lowbit.commands.sweep import sweep
 from lowbit.core.errors import LowbitError
 
 # click's own class, which newer releases of typer carry themselves
-_USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 app = typer.Typer(
     name="lowbit",

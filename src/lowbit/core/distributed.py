@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,10 +124,11 @@ class _Ranks(World):
         return whole.view(part.dtype).view(sum(lengths), *part.shape[1:])
 
     def from_leader(self, compute: Callable[[], T]) -> T:
-        value = [compute() if self.leads else None]
+        value: list[Any] = [compute() if self.leads else None]
         with _lost_processes():
             torch.distributed.broadcast_object_list(value, src=0)
-        return value[0]  # type: ignore[return-value]  # filled in by now: the leader's
+        leaders: T = value[0]
+        return leaders
 
     def begin_same_(self, tensor: Tensor, rank: int) -> Callable[[], None]:
         with self._talking_about(tensor):

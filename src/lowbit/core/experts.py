@@ -35,7 +35,7 @@ class Experts(nn.Module):
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
         super().__init__()
         count, both, hidden = fused.get_parameter("gate_up_proj").shape
-        activation: nn.Module = fused.act_fn  # type: ignore[assignment]  # torch types attributes as Tensor | Module
+        activation = fused.get_submodule("act_fn")
         for number in range(count):
             self.add_module(str(number), Expert(hidden, both // 2, activation, names))
 

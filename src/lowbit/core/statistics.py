@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,8 @@ def rough_products(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """oneDNN multiplies float32 operands as bfloat16 inside: exact for operands that came from bfloat16."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added at run time
+    library: Any = torch.backends.mkldnn  # has attributes that are added at run time
+    settings = library.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -80,13 +80,13 @@ def _helpers(threads: int) -> ThreadPoolExecutor:
 
 
 @compiled(fastmath={"contract"})
-def _add(total, values, times):  # type: ignore[no-untyped-def]  # numba infers types
+def _add(total, values, times):
     for k in range(len(total)):
         total[k] += times * values[k]
 
 
 @compiled()
-def _compensate(first, last, weight, factor, scale, zero, max_code, codes, errors):  # type: ignore[no-untyped-def]  # numba infers types
+def _compensate(first, last, weight, factor, scale, zero, max_code, codes, errors):
     columns = weight.shape[1]
     for row in range(first, last):
         w = weight[row].copy()
@@ -99,7 +99,7 @@ def _compensate(first, last, weight, factor, scale, zero, max_code, codes, error
 
 
 @compiled()
-def _descend(first, last, gradient, hessian, scale, zero, max_code, codes, moved):  # type: ignore[no-untyped-def]  # numba infers types
+def _descend(first, last, gradient, hessian, scale, zero, max_code, codes, moved):
     columns = gradient.shape[1]
     for row in range(first, last):
         g = gradient[row].copy()
@@ -115,7 +115,7 @@ def _descend(first, last, gradient, hessian, scale, zero, max_code, codes, moved
 
 
 @compiled()
-def _as_stored(scale, dropped, tiny, largest):  # type: ignore[no-untyped-def]  # numba infers types
+def _as_stored(scale, dropped, tiny, largest):
     """float32 rounded to the nearest of a dtype with fewer mantissa bits, ties to even; subnormals do not occur."""
     magnitude = np.float32(min(max(abs(scale), tiny), largest))
     if dropped:
@@ -128,7 +128,7 @@ def _as_stored(scale, dropped, tiny, largest):  # type: ignore[no-untyped-def]  
 
 # sums over a group may be taken in any order
 @compiled(fastmath={"reassoc", "contract"})
-def _fit(w, c, scale, zero, max_code):  # type: ignore[no-untyped-def]  # numba infers types
+def _fit(w, c, scale, zero, max_code):
     """(power, match) of the nearest codes' offsets: sums of c o^2 and of c o w."""
     power = match = np.float32(0)
     for j in range(len(w)):
@@ -140,7 +140,7 @@ def _fit(w, c, scale, zero, max_code):  # type: ignore[no-untyped-def]  # numba 
 
 
 @compiled()
-def _search(  # type: ignore[no-untyped-def]  # numba infers types
+def _search(
     first, last, weight, cost, shrinks, size, max_code, middle, symmetric, dropped, tiny, largest, rounds, scales, zeros
 ):
     nothing = np.float32(0)

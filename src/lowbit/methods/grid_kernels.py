@@ -20,7 +20,7 @@ _HELD = 512
 
 
 @triton.jit
-def _as_stored(scale, KIND: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _as_stored(scale, KIND: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr):
     magnitude = tl.minimum(tl.maximum(tl.abs(scale), TINY), LARGEST)
     signed = tl.where(scale < 0, -magnitude, magnitude)
     if KIND == 1:
@@ -32,7 +32,7 @@ def _as_stored(scale, KIND: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.conste
 
 
 @triton.jit
-def _search(  # type: ignore[no-untyped-def]  # Triton's
+def _search(
     weight, cost, shrinks, scales, zeros, count, groups, size, max_code, middle,
     SYMMETRIC: tl.constexpr, SHRINKS: tl.constexpr, ROUNDS: tl.constexpr,
     KIND: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr, R: tl.constexpr, N: tl.constexpr,

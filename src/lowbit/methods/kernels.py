@@ -25,13 +25,13 @@ _NEAR = 32
 
 
 @triton.jit
-def _nearest(value, max_code):  # type: ignore[no-untyped-def]  # Triton's
+def _nearest(value, max_code):
     # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
     return tl.minimum(tl.maximum(value, 0.0), max_code) + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _compensate(  # type: ignore[no-untyped-def]  # Triton's
+def _compensate(
     weight, stride, factor, down, across, scale, zero, count, groups, codes, errors, rows, width, max_code,
     NEAR: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def _compensate(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _descend(  # type: ignore[no-untyped-def]  # Triton's
+def _descend(
     gradient, stride, hessian, down, scale, count, groups, codes, beside, moved, rows, width, max_code,
     NEAR: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _descend(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _nothing():  # type: ignore[no-untyped-def]  # Triton's
+def _nothing():
     pass
 
 

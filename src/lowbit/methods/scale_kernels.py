@@ -16,7 +16,7 @@ _ROWS, _DEPTH = 64, 32
 
 
 @triton.jit
-def _systems(  # type: ignore[no-untyped-def]  # Triton's
+def _systems(
     offsets, stride, hessian, down, systems, rows, count, SIZE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row, group = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)

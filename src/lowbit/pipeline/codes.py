@@ -68,7 +68,7 @@ class Codes:
         found: dict[str, Tensor] = {}
         for group in self._groups[index]:
             # split, for its gradient is one concatenation; slices would each add up a whole matrix
-            parts = group.codes.weight().split([rows.stop - rows.start for rows in group.rows.values()])
+            parts = torch.split(group.codes.weight(), [rows.stop - rows.start for rows in group.rows.values()])
             found |= {name: part.T if self.transposed else part for name, part in zip(group.rows, parts, strict=True)}
         return found
 
@@ -89,8 +89,9 @@ class Codes:
     @torch.no_grad()
     def descend(self, index: int, gradients: Sequence[Tensor]) -> None:
         """One step of Adam for a block; gradients: of its `positions`."""
+        length, correction = self._scalars
         for position, moments, gradient in zip(self.positions(index), self._moments[index], gradients, strict=True):
-            self._follow(position.detach(), gradient, *moments, *self._scalars, _FORGET)
+            self._follow(position.detach(), gradient, *moments, length, correction, _FORGET)
 
     def result(self, index: int, name: str) -> Tensor | None:
         """Trained codes, uint8 [out, in]; None where the start is kept."""
@@ -105,7 +106,7 @@ class Codes:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a continued run needs, for `Factors.save`."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for index, groups in enumerate(self._groups):
             for number, group in enumerate(groups):
                 parts = (group.codes.position.detach(), *self._moments[index][number])

@@ -4,7 +4,7 @@ LLM-QAT (Liu et al. 2023) samples its training text this way. The whole model ha
 token needs all blocks; a model that does not fit needs a text.
 
 What a model wrote is kept for later runs on this machine: it takes minutes, and other methods of the same model ask for the
-same text. It also makes results repeatable: on a GPU the same model with the same seed was seen to write other text.
+same text.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def sample_windows(wanted: Sampling, checkpoint: Checkpoint, device: torch.devic
     total = -(-wanted.count * wanted.length // document)
     batch = min(total, _check_memory(model, device, document))
     starts = _starts(wanted, total, document, int(checkpoint.config["vocab_size"]))
-    batches = [part for start in starts for part in start.split(batch)]
+    batches = [part for start in starts for part in torch.split(start, batch)]
     progress.start("sample", len(batches))
     with torch.random.fork_rng(), sdpa_kernel(_ATTENTION), model.whole() as network:
         torch.manual_seed(wanted.seed)

@@ -62,7 +62,7 @@ class ShardedWriter:
             raise ValueError(f"{name}: planned {spec}, got {tensor.dtype} {tuple(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with output_errors(self.directory), file.open("r+b", buffering=0) as stream:
-            view, position = memoryview(data), 0
+            view, position = data.data, 0
             while position < len(view):
                 position += os.pwrite(stream.fileno(), view[position:], offset + position)
         self._written.add(name)

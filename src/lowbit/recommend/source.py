@@ -54,7 +54,7 @@ class ConfigCheckpoint:
 
 def _as_stored(config: Mapping[str, Any]) -> nn.Module:
     """The model with parameters named as checkpoints name them: experts that transformers fuses are apart there."""
-    skeleton = build_skeleton(config)
+    skeleton: nn.Module = build_skeleton(config)
     model_type = str(config.get("model_type", ""))
     known = known_architecture(model_type)
     if known is not None:

@@ -29,7 +29,7 @@ class GgufSource:
     def __init__(self, file: Path, wait_for: Callable[[int], None] | None = None) -> None:
         files = sibling_shards(file)
         missing = [file.name for file in files if not file.is_file()]
-        if missing == [file.name] and len(files) == 1:
+        if missing and len(files) == 1:
             raise CheckpointError(f"{file} does not exist")
         if missing:
             raise CheckpointError(f"{missing[0]} is missing in {files[0].parent}", hint="copy all files of the model")

@@ -127,7 +127,7 @@ class SafetensorsCheckpoint:
         if slot is None:
             raise CheckpointError(f"{self.location} has no tensor {name!r}")
         tensor = torch.empty(slot.spec.shape, dtype=slot.spec.dtype)
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy is a buffer
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         with slot.file.open("rb", buffering=0) as stream:
             position = 0
             while position < len(view):

@@ -66,7 +66,7 @@ def _array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 @compiled(fastmath={"contract"})
-def _compensate(weight, factor, scale, minimum, levels, errors, low, high):  # type: ignore[no-untyped-def]  # numba's
+def _compensate(weight, factor, scale, minimum, levels, errors, low, high):
     columns, rows = weight.shape
     w = np.empty((columns, _LANES), np.float32)
     for start in range(0, rows, _LANES):
@@ -87,14 +87,14 @@ def _compensate(weight, factor, scale, minimum, levels, errors, low, high):  # t
 
 
 @compiled()
-def _take(array, start, width, out):  # type: ignore[no-untyped-def]  # numba's
+def _take(array, start, width, out):
     for i in range(len(array)):
         for k in range(width):
             out[i, k] = array[i, start + k]
 
 
 @compiled(fastmath={"contract"})
-def _move(  # type: ignore[no-untyped-def]  # numba's
+def _move(
     gradient,
     square,
     levels,
@@ -154,7 +154,7 @@ def _move(  # type: ignore[no-untyped-def]  # numba's
 
 
 @compiled(fastmath={"contract"})
-def _move_integers(  # type: ignore[no-untyped-def]  # numba's
+def _move_integers(
     g,
     x,
     turned,
@@ -224,5 +224,5 @@ def _move_integers(  # type: ignore[no-untyped-def]  # numba's
 
 
 @compiled()
-def _ratio(numerator, denominator):  # type: ignore[no-untyped-def]  # numba's
+def _ratio(numerator, denominator):
     return numerator / denominator if denominator > 0 else np.float32(0)

@@ -18,7 +18,7 @@ _ROWS = 16
 
 
 @triton.jit
-def _compensate(  # type: ignore[no-untyped-def]  # Triton's
+def _compensate(
     weight, factor, stride, scale, minimum, levels, errors, columns, rows, low, high, N: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)

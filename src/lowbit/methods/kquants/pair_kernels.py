@@ -7,19 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _safe(numerator, denominator):  # type: ignore[no-untyped-def]  # Triton's
+def _safe(numerator, denominator):
     usable = denominator > 0.0
     return tl.where(usable, numerator / tl.where(usable, denominator, 1.0), 0.0)
 
 
 @triton.jit
-def nearest(value, low, high):  # type: ignore[no-untyped-def]  # Triton's
+def nearest(value, low, high):
     # a float32 this large has no room for fractions: adding it rounds to the nearest, ties to even
     return tl.minimum(tl.maximum(value, low), high) + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _solution(pull, stiff, pull_across, mixed, stiff_across):  # type: ignore[no-untyped-def]  # Triton's
+def _solution(pull, stiff, pull_across, mixed, stiff_across):
     """Pair.solution."""
     determinant = stiff * stiff_across - mixed * mixed
     solvable = determinant > 1e-6 * stiff * stiff_across
@@ -31,13 +31,13 @@ def _solution(pull, stiff, pull_across, mixed, stiff_across):  # type: ignore[no
 
 
 @triton.jit
-def _growth(x, y, pull, stiff, pull_across, mixed, stiff_across):  # type: ignore[no-untyped-def]  # Triton's
+def _growth(x, y, pull, stiff, pull_across, mixed, stiff_across):
     """Pair.change."""
     return x * (x * stiff - 2 * pull) + y * (y * stiff_across - 2 * pull_across + 2 * x * mixed)
 
 
 @triton.jit
-def move_floats(d, dmin, pull, stiff, pull_across, mixed, stiff_across, AFFINE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def move_floats(d, dmin, pull, stiff, pull_across, mixed, stiff_across, AFFINE: tl.constexpr):
     """By how much d and dmin move, as float16 holds them, and by how much the error grows; 0 where it would not fall."""
     x, y = _solution(pull, stiff, pull_across, mixed, stiff_across)
     new = (d + x).to(tl.float16).to(tl.float32)
@@ -53,7 +53,7 @@ def move_floats(d, dmin, pull, stiff, pull_across, mixed, stiff_across, AFFINE: 
 
 
 @triton.jit
-def move_integers(  # type: ignore[no-untyped-def]  # Triton's
+def move_integers(
     sc, mc, blank, low, high, pull, stiff, pull_across, mixed, stiff_across, AFFINE: tl.constexpr
 ):  # fmt: skip
     """By how much a sub-block's integer scale and minimum move; 0 where the error would not fall."""

@@ -96,7 +96,7 @@ def _turned(blocks: Blocks, hessian: Tensor) -> tuple[Tensor | None, Tensor | No
 
 
 @triton.jit
-def _walk(g, x, own, columns, scale, low, high, N: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _walk(g, x, own, columns, scale, low, high, N: tl.constexpr):
     """One code after the other to its best value; gradient and levels [N, R] after that."""
     column = tl.arange(0, N)
     inverse = tl.where(scale == 0.0, 0.0, 1.0 / tl.where(scale == 0.0, 1.0, scale))
@@ -113,7 +113,7 @@ def _walk(g, x, own, columns, scale, low, high, N: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _super_block(  # type: ignore[no-untyped-def]  # Triton's
+def _super_block(
     gradient, levels, turned, turned_across, scale_codes, min_codes, row, rows,
     AFFINE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def _super_block(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit(do_not_specialize=["start"])
-def _sweep_block(  # type: ignore[no-untyped-def]  # Triton's
+def _sweep_block(
     gradient, moved, change, hessian, levels, turned, turned_across, d, dmin, scale_codes, min_codes, empty, grown,
     start, width, columns, rows, low, high, code_low, code_high,
     SCALED: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, REACH: tl.constexpr,

@@ -12,7 +12,7 @@ from lowbit.methods.kquants.gpu.arithmetic_kernels import LANES, WARPS, clamped,
 
 
 @triton.jit
-def _affine_error(  # type: ignore[no-untyped-def]  # Triton's
+def _affine_error(
     x, w, lane, inside, count, inverse, base, scale, minimum,
     TOP: tl.constexpr, ABSOLUTE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _affine_error(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _affine(  # type: ignore[no-untyped-def]  # Triton's
+def _affine(
     x, w, fits, count, top, start, delta,
     TOP: tl.constexpr, TRIALS: tl.constexpr, ABSOLUTE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _affine(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _positive_error(  # type: ignore[no-untyped-def]  # Triton's
+def _positive_error(
     x, w, lane, inside, count, inverse, LIMITED: tl.constexpr, TOP: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     scale = tl.div_rn(tl.zeros((LANES,), dtype=tl.float32) + 1.0, inverse)
@@ -105,7 +105,7 @@ def _positive_error(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _positive(  # type: ignore[no-untyped-def]  # Triton's
+def _positive(
     x, w, codes, scales, count, tiny, top, tenth, TOP: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)

@@ -16,20 +16,20 @@ _WEIGHTS = 1024
 
 
 @triton.jit
-def nearest_int(value):  # type: ignore[no-untyped-def]  # Triton's
+def nearest_int(value):
     """arithmetic.nearest_int: to even in range, the low bits of the float beyond, 0 for NaN."""
     bits = (value + 12582912.0).to(tl.int32, bitcast=True)
     return tl.where(value != value, 0, (bits & 0x007FFFFF) - 0x00400000)
 
 
 @triton.jit
-def clamped(value, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def clamped(value, LOW: tl.constexpr, HIGH: tl.constexpr):
     """nearest_int within bounds, as float32."""
     return tl.minimum(tl.maximum(nearest_int(value), LOW), HIGH).to(tl.float32)
 
 
 @triton.jit
-def _sum(rows, sums, count, n, LANES: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _sum(rows, sums, count, n, LANES: tl.constexpr):
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = lane < count
     total = tl.zeros((LANES,), dtype=tl.float32)
@@ -40,7 +40,7 @@ def _sum(rows, sums, count, n, LANES: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _round(  # type: ignore[no-untyped-def]  # Triton's
+def _round(
     weights, scales, minimums, codes, count,
     LOW: tl.constexpr, HIGH: tl.constexpr, SHIFTED: tl.constexpr, N: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip

@@ -12,7 +12,7 @@ from lowbit.methods.kquants.gpu.arithmetic_kernels import LANES, WARPS, clamped
 
 
 @triton.jit
-def _rounded(value, HALF: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _rounded(value, HALF: tl.constexpr):
     # for values in range, which lets NaN through as torch does; a float32 this large has no room for fractions
     whole = (value + 12582912.0) - 12582912.0
     whole = tl.where(whole < -HALF, -HALF * 1.0, whole)
@@ -20,7 +20,7 @@ def _rounded(value, HALF: tl.constexpr):  # type: ignore[no-untyped-def]  # Trit
 
 
 @triton.jit
-def _extreme(x, lane, inside, count, N: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _extreme(x, lane, inside, count, N: tl.constexpr, LANES: tl.constexpr):
     largest = tl.zeros((LANES,), dtype=tl.float32)
     signed = tl.zeros((LANES,), dtype=tl.float32)
     for j in range(N):
@@ -32,7 +32,7 @@ def _extreme(x, lane, inside, count, N: tl.constexpr, LANES: tl.constexpr):  # t
 
 
 @triton.jit
-def _moments(  # type: ignore[no-untyped-def]  # Triton's
+def _moments(
     x, w, lane, inside, count, inverse, HALF: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     sum_lx = tl.zeros((LANES,), dtype=tl.float32)
@@ -47,7 +47,7 @@ def _moments(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _symmetric(  # type: ignore[no-untyped-def]  # Triton's
+def _symmetric(
     x, w, fits, empties, count, tiny, half, tenth, HALF: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -74,7 +74,7 @@ def _symmetric(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _descending(  # type: ignore[no-untyped-def]  # Triton's
+def _descending(
     x, codes, scales, count, tiny, half, HALF: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -117,7 +117,7 @@ def _descending(  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _uneven_level(value):  # type: ignore[no-untyped-def]  # Triton's
+def _uneven_level(value):
     # iq4.LEVELS, and the middles between them
     level = tl.where(value >= -115.5, -104.0, -127.0)
     level = tl.where(value >= -93.5, -83.0, level)
@@ -137,7 +137,7 @@ def _uneven_level(value):  # type: ignore[no-untyped-def]  # Triton's
 
 
 @triton.jit
-def _uneven_moments(x, w, lane, inside, count, inverse, N: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _uneven_moments(x, w, lane, inside, count, inverse, N: tl.constexpr, LANES: tl.constexpr):
     sum_lx = tl.zeros((LANES,), dtype=tl.float32)
     sum_l2 = tl.zeros((LANES,), dtype=tl.float32)
     for j in range(N):
@@ -150,7 +150,7 @@ def _uneven_moments(x, w, lane, inside, count, inverse, N: tl.constexpr, LANES: 
 
 
 @triton.jit
-def _uneven(x, w, scales, count, tiny, N: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _uneven(x, w, scales, count, tiny, N: tl.constexpr, LANES: tl.constexpr):
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < count
     zero = tl.zeros((LANES,), dtype=tl.float32)
