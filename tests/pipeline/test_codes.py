@@ -19,7 +19,7 @@ from lowbit.core.errors import RecipeError
 from lowbit.core.progress import Silent
 from lowbit.core.qtensor import QTensor
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.core.training import follow_
+from lowbit.core.training import follow_, reproducible
 from lowbit.formats.reader import ArtifactCheckpoint
 from lowbit.methods.even_grid import EvenGrid
 from lowbit.methods.kquants import CODECS
@@ -129,25 +129,28 @@ def test_recorded_steps_are_the_plain_ones(tiny_llama: Path, tmp_path: Path, ove
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, 512, (4, 64), generator=generator).to(device) for _ in range(8)]
     teacher = torch.randn(4, 64, 64, generator=generator).half().to(device)
-    losses: dict[bool, list[float]] = {}
-    places: dict[bool, torch.Tensor] = {}
-    for fast in (False, True):
+    losses: dict[str, list[float]] = {}
+    places: dict[str, torch.Tensor] = {}
+    for how in ("plain", "recorded", "compiled"):
         factors = Factors(artifact, {}, tmp_path / "state", device)
         codes = Codes(starts_of(base, stored), tmp_path / "state", transposed=False)
         # beyond its limit torch runs what it was to compile as it is, three times as slow
         limited = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-        with limited, base.outside(torch.float32), artifact.outside(torch.float32):
-            student = Student(base, artifact, factors, codes, fast=fast)
-            losses[fast] = []
+        with limited, reproducible(), base.outside(torch.float32), artifact.outside(torch.float32):
+            student = Student(base, artifact, factors, codes)
+            if how != "plain":
+                assert student.can_record(batches[0][:1])
+                student.record(compiling=how == "compiled")
+            losses[how] = []
             for step, windows in enumerate(batches, start=1):
                 codes.begin(step, 0.01)
-                losses[fast].append(student.gradients(windows, teacher).item())
+                losses[how].append(student.gradients(windows, teacher).item())
                 factors.descend(1e-3)
-        places[fast] = torch.cat(
-            [one.detach().flatten() for i in range(len(base.blocks)) for one in codes.positions(i)]
-        )
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    assert (places[True] - places[False]).abs().mean() < 1e-3
+        places[how] = torch.cat([one.detach().flatten() for i in range(len(base.blocks)) for one in codes.positions(i)])
+    assert losses["recorded"] == losses["plain"]
+    assert torch.equal(places["recorded"], places["plain"])
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert (places["compiled"] - places["plain"]).abs().mean() < 1e-3
 
 
 def test_blocks_are_given_their_weights_in_one_order(tiny_llama: Path, tmp_path: Path) -> None:

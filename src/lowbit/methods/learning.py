@@ -19,6 +19,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit.core.recording import MANY_CALLS, Recorded, WatchesForQuestions
+
 
 class Quantized(Protocol):
     """A quantized matrix [out, in]."""
@@ -107,31 +109,42 @@ def learn(
     batch, steps = options.batch_of(windows), options.steps
     held_out, training = order[:batch], order[batch:]
 
-    def held_out_loss(tensors: Mapping[str, Result]) -> float:
+    def held_out_loss(tensors: Mapping[str, Result]) -> tuple[float, bool]:
+        """(the loss, whether a pass is the same kernels for all windows)."""
         with torch.no_grad():
-            hidden = inputs(held_out)
-            output = run({name: tensor.dequantize() for name, tensor in tensors.items()}, hidden)
-            return _loss(output, hidden, targets(held_out)).item()
+            hidden, weights = inputs(held_out), {name: tensor.dequantize() for name, tensor in tensors.items()}
+            with WatchesForQuestions() as watch:
+                output = run(weights, hidden)
+            return _loss(output, hidden, targets(held_out)).item(), not watch.seen
 
     start = {name: matrix.start for name, matrix in matrices.items()}
-    before = held_out_loss(start)
+    before, alike = held_out_loss(start)
     positions = [matrix.position for matrix in matrices.values()]
     stretches = [stretch for matrix in matrices.values() for stretch in matrix.stretches]
-    for step in range(steps):
-        chosen = training[torch.randint(len(training), (batch,), generator=generator)]
-        hidden = inputs(chosen)
+    # how far each goes in the next step, in one place of the device's memory: recorded kernels read it there
+    lengths = torch.zeros(2, device=positions[0].device)
+
+    def descend(hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            loss = _loss(run({name: one.weight() for name, one in matrices.items()}, hidden), hidden, targets(chosen))
+            loss = _loss(run({name: one.weight() for name, one in matrices.items()}, hidden), hidden, target)
             gradients = torch.autograd.grad(loss, positions + stretches)
-        # linear decay: all steps together travel `reach`
-        rate = 2 * (1 - step / steps) / steps
         with torch.no_grad():
             for position, gradient in zip(positions, gradients, strict=False):
-                position.sub_(gradient.sign_(), alpha=options.reach * rate)
+                position.sub_(gradient.sign_().mul_(lengths[0]))
             for stretch, gradient in zip(stretches, gradients[len(positions) :], strict=True):
-                stretch.sub_(gradient.sign_(), alpha=options.scale_reach * rate)
+                stretch.sub_(gradient.sign_().mul_(lengths[1]))
+        return ()
+
+    recorded = positions[0].is_cuda and alike and steps >= MANY_CALLS
+    step_of = Recorded(descend) if recorded else descend
+    for step in range(steps):
+        chosen = training[torch.randint(len(training), (batch,), generator=generator)]
+        # linear decay: all steps together travel the reach
+        rate = 2 * (1 - step / steps) / steps
+        lengths.copy_(torch.tensor([options.reach * rate, options.scale_reach * rate]))
+        step_of(inputs(chosen), targets(chosen))
     trained = {name: matrix.result() for name, matrix in matrices.items()}
-    after = held_out_loss(trained)
+    after, _ = held_out_loss(trained)
     return Learned(trained if after < before else start, before, after)
 
 

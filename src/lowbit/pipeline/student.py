@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowbit.core.compiling import Recorded, compiled
+from lowbit.core.compiling import compiled
 from lowbit.core.hardware import free_memory_on
+from lowbit.core.recording import Recorded, WatchesForQuestions
 from lowbit.core.streamed_model import BlockArguments, StreamedModel, run_module
 from lowbit.core.training import mixed_precision
 from lowbit.pipeline.codes import Codes
@@ -22,32 +23,48 @@ _LOGITS_BYTES, _LOGITS_TOKENS = 2**30, 1024
 
 
 class Student:
-    """The artifact under its factors and, when codes are given, with those instead of the ones it has stored.
-
-    fast: compile what every step does and record the way forward and back as CUDA graphs, for many steps of one shape on a GPU:
-    launching the thousands of kernels of a step takes three times as long as they do.
-    """
+    """The artifact under its factors and, when codes are given, with those instead of the ones it has stored."""
 
     def __init__(
-        self,
-        base: StreamedModel,
-        artifact: StreamedModel,
-        factors: Factors,
-        codes: Codes | None = None,
-        *,
-        fast: bool = False,
+        self, base: StreamedModel, artifact: StreamedModel, factors: Factors, codes: Codes | None = None
     ) -> None:
         self.base, self.artifact, self.factors, self.codes = base, artifact, factors, codes
-        self.fast = fast
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._run_module = compiled(run_module) if fast else run_module
-        self._divergence_of = compiled(_divergence) if fast else _divergence
+        self._recording = self._compiling = False
+        self._run_module, self._divergence_of = run_module, _divergence
         self._stand_ins: dict[int, nn.Module] = {}
         self._held: list[BlockArguments] = []
-        self._forward: Callable[..., tuple[Tensor, ...]] = Recorded(self._through) if fast else self._through
-        self._backward: Callable[..., tuple[Tensor, ...]] = Recorded(self._back) if fast else self._back
-        if fast and codes is not None:
-            codes.compile()
+        self._forward: Callable[..., tuple[Tensor, ...]] = self._through
+        self._backward: Callable[..., tuple[Tensor, ...]] = self._back
+
+    def record(self, *, compiling: bool = False) -> None:
+        """Take the way forward and back as CUDA graphs from here on, for windows of one shape: launching the thousands of
+        kernels of a step takes three times as long as they do. Only where `can_record`.
+
+        compiling: make fewer kernels of them first, which takes as long as a hundred steps or two.
+        """
+        self._recording, self._compiling = True, compiling
+        if compiling:
+            self._run_module, self._divergence_of = compiled(run_module), compiled(_divergence)
+            if self.codes:
+                self.codes.compile()
+        self._forward, self._backward = Recorded(self._through), Recorded(self._back)
+
+    @torch.no_grad()
+    def can_record(self, windows: Tensor) -> bool:
+        """Whether steps are the same kernels for all windows, and what they read has room on the GPU; runs these windows."""
+        if self.base.device.type != "cuda":
+            return False
+        hidden = self._embedded(windows)
+        for index in range(len(self.artifact.blocks)):
+            weights = self._changed(index, self.factors.block(index))
+            if index not in self._kept:
+                return False
+            with WatchesForQuestions() as watch:
+                hidden = self._run_with(index, weights, hidden)
+            if watch.seen:
+                return False
+        return True
 
     @torch.no_grad()
     def loss(self, windows: Tensor, teacher: Tensor) -> float:
@@ -72,7 +89,7 @@ class Student:
     def _embedded(self, windows: Tensor) -> Tensor:
         with mixed_precision(self.artifact.device):
             hidden = self.artifact.embed(windows).float()
-        if self.fast:
+        if self._recording:
             self._hold([self.artifact.arguments(index, hidden) for index in range(len(self.artifact.blocks))])
         return hidden
 
@@ -117,18 +134,24 @@ class Student:
         return found[0]
 
     def _run(self, index: int, hidden: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return self._run_with(index, self._changed(index, factors), hidden)
+
+    def _changed(self, index: int, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's parameters in float32 under these factors."""
         weights = dict(self._weights(index))
         if self.codes:
             weights |= self.codes.weights(index)
         # in one order whatever the layers' types are: blocks that are compiled for one order of names are not for another
         names = [name for name, _ in self.artifact.blocks[index].named_parameters()]
-        changed = {name: self.factors.apply(index, name, weights[name], factors) for name in names}
-        args, kwargs = self._held[index] if self.fast else self.artifact.arguments(index, hidden)
+        return {name: self.factors.apply(index, name, weights[name], factors) for name in names}
+
+    def _run_with(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        args, kwargs = self._held[index] if self._recording else self.artifact.arguments(index, hidden)
         with mixed_precision(hidden.device):
-            if self.fast and index not in self._stand_ins:
-                self._stand_ins[index] = self._stand_in(index, changed, hidden, args, kwargs)
+            if self._compiling and index not in self._stand_ins:
+                self._stand_ins[index] = self._stand_in(index, weights, hidden, args, kwargs)
             block = self._stand_ins.get(index, self.artifact.blocks[index])
-            return self._run_module(block, changed, hidden, args, kwargs).float()
+            return self._run_module(block, weights, hidden, args, kwargs).float()
 
     @torch.no_grad()
     def _stand_in(
@@ -158,8 +181,7 @@ class Student:
         stored = self.artifact.read_block(index)
         weights = {name: weight.to(self.base.dtype) for name, weight in stored.items() if name not in coded}
         size = sum(weight.nbytes for weight in weights.values())
-        # what is recorded must not read files
-        if self.fast or size * len(self.base.blocks) < free_memory_on(self.base.device) // 2 + size * len(self._kept):
+        if size * len(self.base.blocks) < free_memory_on(self.base.device) // 2 + size * len(self._kept):
             self._kept[index] = weights
         return weights
 

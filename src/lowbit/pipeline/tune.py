@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit.core.compiling import can_compile
 from lowbit.core.progress import Progress
+from lowbit.core.recording import MANY_CALLS
 from lowbit.core.streamed_model import StreamedModel
 from lowbit.core.training import reproducible
 from lowbit.pipeline.activations import Activations
@@ -92,14 +93,16 @@ def tune(
         before = student.loss(*held)
         factors.values.copy_(reached)
         if codes is not None:
-            # a continued run does as the whole one, however few steps are left: compiled sums are rounded otherwise
-            worth_it = base.device.type == "cuda" and options.steps >= _COMPILED_FROM
-            fast = worth_it and can_compile(base.device)
-            if worth_it and not fast:
+            student = Student(base, artifact, factors, codes)
+        # a continued run does as the whole one, however few steps are left: compiled sums are rounded otherwise
+        if options.steps >= MANY_CALLS and student.can_record(windows[:1]):
+            worth_it = codes is not None and options.steps >= _COMPILED_FROM
+            compiling = worth_it and can_compile(base.device)
+            if worth_it and not compiling:
                 progress.warn(
-                    "torch.compile does not work here (it needs Triton and a C compiler): training is 3 times slower"
+                    "torch.compile does not work here (it needs Triton and a C compiler): training takes longer"
                 )
-            student = Student(base, artifact, factors, codes, fast=fast)
+            student.record(compiling=compiling)
         windows = windows.to(base.device)
         say_every = _SAY_EVERY if base.device.type == "cuda" else 1
         for step in range(factors.step, options.steps):
