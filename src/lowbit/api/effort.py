@@ -2,8 +2,9 @@
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
 is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
-trains scales and norms end to end. A k-quant's tensors get the types that cost the least divergence in a file no larger, and
-where a GPU has room for them all codes are trained. docs/accuracy.md has the time and divergence of each.
+trains scales and norms end to end; on a GPU in three times as many steps. A k-quant's tensors get the types that cost the
+least divergence in a file no larger, and where a GPU has room for them all codes are trained. docs/accuracy.md has the time
+and divergence of each.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
-_TUNE_STEPS = 64
-# smaller steps than elsewhere: a k-quant leaves less to gain, and larger ones lose it again
-_GGUF_RATE = 1e-3
-_LEARN_STEPS = LearnOptions.steps
+# of integers: what a GPU does in a minute takes a CPU hours, and the first third of the steps brings most of the gain
+_ON_A_GPU, _ON_A_CPU = {"learn": 300, "tune": 192}, {"learn": LearnOptions.steps, "tune": 64}
+# of k-quants, on both: they leave less to gain, and larger steps lose it again
+_GGUF_LEARN_STEPS, _GGUF_TUNE_STEPS, _GGUF_RATE = LearnOptions.steps, 64, 1e-3
 # of training codes: many small steps on much text (pipeline/codes.py)
 _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
 # share of a GPU's memory that training codes may take: states, logits and one block's graph are there too
@@ -38,8 +39,9 @@ _ROOM = 0.7
 _LEARNABLE = ("rtn", "gptq", "autoround")
 
 
-def with_effort(recipe: Recipe, effort: str) -> Recipe:
-    """The recipe at another effort. Raises RecipeError for an unknown level, or one that means nothing for the method."""
+def with_effort(recipe: Recipe, effort: str, device: torch.device) -> Recipe:
+    """The recipe at another effort, for a run on `device`. Raises RecipeError for an unknown level, or one that means nothing
+    for the method."""
     if effort not in EFFORTS:
         raise RecipeError(f"effort {effort!r} is unknown", hint=f"one of {', '.join(EFFORTS)}")
     if effort == "balanced":
@@ -55,9 +57,10 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
             hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
         )
     options = recipe.options if recipe.method != "rtn" else {}
+    steps = _ON_A_CPU if device.type == "cpu" else _ON_A_GPU
     return Recipe.parse({
-        **recipe.model_dump(), "method": "autoround", "options": {**options, "refine": 0}, "tune": {"steps": _TUNE_STEPS},
-        "calibration": _with_self(recipe.calibration).model_dump(),
+        **recipe.model_dump(), "method": "autoround", "options": {"steps": steps["learn"], **options, "refine": 0},
+        "tune": {"steps": steps["tune"]}, "calibration": _with_self(recipe.calibration, 2).model_dump(),
     })  # fmt: skip
 
 
@@ -77,10 +80,12 @@ def resolved(
 
     Raises RecipeError as `with_effort` does, and whatever opening the model raises.
     """
-    found = with_effort(recipe, effort)
+    # the other levels are the same everywhere, and a process that only starts others must leave GPUs alone
+    place = pick_device(device) if effort == "best" else torch.device("cpu")
+    found = with_effort(recipe, effort, place)
     if tune_codes is None:
         left_open = effort == "best" and tune_steps is None
-        tune_codes = left_open and _trains_codes(found, model, pick_device(device), revision)
+        tune_codes = left_open and _trains_codes(found, model, place, revision)
     return (with_trained_codes(found) if tune_codes else found).updated(tune_steps=tune_steps)
 
 
@@ -102,15 +107,15 @@ def _best_gguf(recipe: Recipe) -> Recipe:
         text = text.model_copy(update={"dataset": Calibration().dataset})
     # a mixture is chosen for its size; a plain type (Q4_0, IQ4_NL) also for the kernels that it has
     mixture = "_K" in file_type(recipe.method).name and not names_types(recipe.options)
-    chosen = {"learn_steps": _LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
+    chosen = {"learn_steps": _GGUF_LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
     return Recipe.parse({
         **recipe.model_dump(), "options": chosen,
-        "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text).model_dump(),
+        "tune": {"steps": _GGUF_TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text, 1.5).model_dump(),
     })  # fmt: skip
 
 
-def _with_self(text: Calibration) -> Calibration:
-    """Half as many windows again, half of them the model's own text: fitting one text alone is what other text pays for."""
+def _with_self(text: Calibration, times: float) -> Calibration:
+    """So many times the windows, half of them the model's own text: fitting one text alone is what other text pays for."""
     if "self" in text.dataset.split("+"):
         return text
-    return text.model_copy(update={"dataset": f"{text.dataset}+self", "num_samples": text.num_samples * 3 // 2})
+    return text.model_copy(update={"dataset": f"{text.dataset}+self", "num_samples": round(text.num_samples * times)})
