@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import lowbit
@@ -150,8 +149,7 @@ def test_what_fitting_cannot_go_with_is_refused(options: dict[str, object], said
     ],
 )
 def test_best_effort_fits_the_types_of_mixtures(method: str, options: dict[str, object], fitted: bool) -> None:
-    recipe = recipe_for(method).updated(options=options or None)
-    assert with_effort(recipe, "best", torch.device("cpu")).options["fit_types"] is fitted
+    assert with_effort(recipe_for(method).updated(options=options or None), "best").options["fit_types"] is fitted
 
 
 def test_the_command_takes_the_flag(source: Path) -> None:

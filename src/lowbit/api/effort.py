@@ -1,8 +1,8 @@
 """Effort levels: one word for how much time accuracy is worth, resolved into plain fields of the recipe.
 
-fast: no second stream of activations, no refinement. balanced: the presets as they are. best: half of the calibration text
-is sampled from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass
-trains scales and norms end to end; on a GPU in three times as many steps. A k-quant's tensors get the types that cost the
+fast: no second stream of activations, no refinement. balanced: the presets as they are. best: as much text again is sampled
+from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass trains scales
+and norms end to end; small models on a GPU in three times as many steps. A k-quant's tensors get the types that cost the
 least divergence in a file no larger, and where a GPU has room for them all codes are trained. docs/accuracy.md has the time
 and divergence of each.
 """
@@ -27,9 +27,11 @@ from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
-# of integers: what a GPU does in a minute takes a CPU hours, and the first third of the steps brings most of the gain
-_ON_A_GPU, _ON_A_CPU = {"learn": 300, "tune": 192}, {"learn": LearnOptions.steps, "tune": 64}
-# of k-quants, on both: they leave less to gain, and larger steps lose it again
+# of integers. Together they cost what AutoRound's 200 steps do; where launching kernels is most of a step, thrice as many do
+_STEPS, _MANY_STEPS = {"learn": LearnOptions.steps, "tune": 64}, {"learn": 3 * LearnOptions.steps, "tune": 3 * 64}
+# weights of a block that a GPU computes with in less time than launching its kernels takes
+_SMALL_BLOCK = 2**25
+# of k-quants: they leave less to gain, and larger steps lose it again
 _GGUF_LEARN_STEPS, _GGUF_TUNE_STEPS, _GGUF_RATE = LearnOptions.steps, 64, 1e-3
 # of training codes: many small steps on much text (pipeline/codes.py)
 _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
@@ -39,9 +41,9 @@ _ROOM = 0.7
 _LEARNABLE = ("rtn", "gptq", "autoround")
 
 
-def with_effort(recipe: Recipe, effort: str, device: torch.device) -> Recipe:
-    """The recipe at another effort, for a run on `device`. Raises RecipeError for an unknown level, or one that means nothing
-    for the method."""
+def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Recipe:
+    """The recipe at another effort. many_steps: whether steps of training are so quick that three times as many are no matter.
+    Raises RecipeError for an unknown level, or one that means nothing for the method."""
     if effort not in EFFORTS:
         raise RecipeError(f"effort {effort!r} is unknown", hint=f"one of {', '.join(EFFORTS)}")
     if effort == "balanced":
@@ -57,7 +59,7 @@ def with_effort(recipe: Recipe, effort: str, device: torch.device) -> Recipe:
             hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
         )
     options = recipe.options if recipe.method != "rtn" else {}
-    steps = _ON_A_CPU if device.type == "cpu" else _ON_A_GPU
+    steps = _MANY_STEPS if many_steps else _STEPS
     return Recipe.parse({
         **recipe.model_dump(), "method": "autoround", "options": {"steps": steps["learn"], **options, "refine": 0},
         "tune": {"steps": steps["tune"]}, "calibration": _with_self(recipe.calibration, 2).model_dump(),
@@ -80,20 +82,23 @@ def resolved(
 
     Raises RecipeError as `with_effort` does, and whatever opening the model raises.
     """
+    found = with_effort(recipe, effort)
     # the other levels are the same everywhere, and a process that only starts others must leave GPUs alone
-    place = pick_device(device) if effort == "best" else torch.device("cpu")
-    found = with_effort(recipe, effort, place)
-    if tune_codes is None:
-        left_open = effort == "best" and tune_steps is None
-        tune_codes = left_open and _trains_codes(found, model, place, revision)
+    if effort == "best" and (place := pick_device(device)).type == "cuda":
+        shapes = StreamedModel(open_checkpoint(model, revision=revision), torch.device("cpu"), torch.bfloat16)
+        found = with_effort(recipe, effort, many_steps=_largest_block(shapes) <= _SMALL_BLOCK)
+        if tune_codes is None and tune_steps is None:
+            tune_codes = _trains_codes(found, shapes, place)
     return (with_trained_codes(found) if tune_codes else found).updated(tune_steps=tune_steps)
 
 
-def _trains_codes(recipe: Recipe, model: str | Path, device: torch.device, revision: str | None) -> bool:
-    if device.type != "cuda" or recipe.format != "gguf" or not has_even_codes_of(recipe.method):
-        return False
-    shapes = StreamedModel(open_checkpoint(model, revision=revision), torch.device("cpu"), torch.bfloat16)
-    return memory_for_codes(shapes) < _ROOM * memory_of(device)
+def _largest_block(model: StreamedModel) -> int:
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks)
+
+
+def _trains_codes(recipe: Recipe, model: StreamedModel, device: torch.device) -> bool:
+    has_codes = recipe.format == "gguf" and has_even_codes_of(recipe.method)
+    return has_codes and memory_for_codes(model) < _ROOM * memory_of(device)
 
 
 def with_trained_codes(recipe: Recipe) -> Recipe:

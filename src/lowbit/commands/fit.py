@@ -62,13 +62,11 @@ def fit(
     from lowbit.api.quantize import quantize, recipe_for
     from lowbit.api.run import Settings
     from lowbit.commands.progress import listener
-    from lowbit.core.hardware import pick_device
     from lowbit.recipe import Calibration
 
     gguf = format == "gguf" or (format is None and (output is None or output.suffix == ".gguf"))
     run = fit_gguf if gguf else functools.partial(fit_layers, format=format or "compressed-tensors")
-    # an unknown one is refused before any work
-    with_effort(recipe_for("q4_k_m" if gguf else "gptq"), effort, pick_device(device))
+    with_effort(recipe_for("q4_k_m" if gguf else "gptq"), effort)  # an unknown one is refused before any work
     budget = parse_bytes(size)
     if max_memory is not None:
         from lowbit.api.memory import serving_memory
