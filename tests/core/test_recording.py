@@ -32,11 +32,20 @@ def test_what_depends_on_the_data_is_seen(question: Callable[[torch.Tensor], obj
     assert watch.seen
 
 
+@pytest.mark.parametrize("size", [(), (3,)], ids=["scalar", "vector"])
+def test_what_is_moved_to_another_device_is_seen(size: tuple[int, ...]) -> None:
+    one = torch.ones(size)
+    with WatchesForQuestions() as watch:
+        one.to("meta")  # stands in for a GPU
+    assert watch.seen
+
+
 def test_plain_arithmetic_is_no_question() -> None:
     one = torch.randn(4, 8, requires_grad=True)
     with WatchesForQuestions() as watch:
         loss = torch.nn.functional.scaled_dot_product_attention(*[(one @ one.T)[None, None]] * 3).square()
         torch.autograd.grad(torch.where(loss > 1, loss, loss.median()).mean() * torch.tensor(2.0), one)
+        torch.ones(3, device="meta") * torch.tensor(2.0)
     assert not watch.seen
 
 

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 # fewer calls than these take longer to record than recording saves
 MANY_CALLS = 16
+_MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.lift_fresh.default}
 _ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class WatchesForQuestions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
-    """Sees whether anything within it asks the GPU for a number or a shape (experts that are picked token by token do): that
-    depends on the data, so it cannot be recorded."""
+    """Sees whether anything within it asks the GPU for a number or a shape (experts that are picked token by token do), or
+    moves something there: neither can be recorded."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -28,8 +29,12 @@ class WatchesForQuestions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        devices = {one.device for one in tree_leaves((args, result)) if isinstance(one, Tensor) and one.dim()}
-        self.seen |= len(devices) > 1 or not _ASKS.isdisjoint(func.tags)
+        tensors = [one for one in tree_leaves((args, result)) if isinstance(one, Tensor)]
+        # a scalar of the CPU may be an operand, but moving it (torch.tensor(2.0, device=...) does) makes the CPU wait
+        moves = func in _MOVES
+        devices = {one.device.type for one in tensors if moves or one.dim()}
+        brought = func is torch.ops.aten.lift_fresh.default and devices != {"cpu"}
+        self.seen |= len(devices) > 1 or brought or not _ASKS.isdisjoint(func.tags)
         return result
 
 

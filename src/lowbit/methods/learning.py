@@ -119,10 +119,35 @@ def learn(
 
     start = {name: matrix.start for name, matrix in matrices.items()}
     before, alike = held_out_loss(start)
+    # how far positions and stretches go in the next step, in one place of the device's memory: recorded kernels read it there
+    every = _lengths(options).to(next(iter(matrices.values())).position.device)
+    lengths = torch.zeros(2, device=every.device)
+    descend = _descent(matrices, run, lengths)
+    descend = Recorded(descend) if every.is_cuda and alike and steps >= MANY_CALLS else descend
+    for step in range(steps):
+        chosen = training[torch.randint(len(training), (batch,), generator=generator)]
+        lengths.copy_(every[step])
+        descend(inputs(chosen), targets(chosen))
+    del descend  # what is recorded keeps a whole step's memory
+    trained = {name: matrix.result() for name, matrix in matrices.items()}
+    after, _ = held_out_loss(trained)
+    return Learned(trained if after < before else start, before, after)
+
+
+def _lengths(options: LearnOptions) -> Tensor:
+    """[steps, 2] float32: of each step, for positions and for stretches. Linear decay; together they travel the reach."""
+    rate = 2 * (1 - torch.arange(options.steps, dtype=torch.float64) / options.steps) / options.steps
+    return (rate[:, None] * torch.tensor([options.reach, options.scale_reach], dtype=torch.float64)).float()
+
+
+def _descent(
+    matrices: Mapping[str, Learnable[Result]],
+    run: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    lengths: Tensor,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """(hidden, target) -> one signed gradient step in place, of `lengths` [2]."""
     positions = [matrix.position for matrix in matrices.values()]
     stretches = [stretch for matrix in matrices.values() for stretch in matrix.stretches]
-    # how far each goes in the next step, in one place of the device's memory: recorded kernels read it there
-    lengths = torch.zeros(2, device=positions[0].device)
 
     def descend(hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -135,17 +160,7 @@ def learn(
                 stretch.sub_(gradient.sign_().mul_(lengths[1]))
         return ()
 
-    recorded = positions[0].is_cuda and alike and steps >= MANY_CALLS
-    step_of = Recorded(descend) if recorded else descend
-    for step in range(steps):
-        chosen = training[torch.randint(len(training), (batch,), generator=generator)]
-        # linear decay: all steps together travel the reach
-        rate = 2 * (1 - step / steps) / steps
-        lengths.copy_(torch.tensor([options.reach * rate, options.scale_reach * rate]))
-        step_of(inputs(chosen), targets(chosen))
-    trained = {name: matrix.result() for name, matrix in matrices.items()}
-    after, _ = held_out_loss(trained)
-    return Learned(trained if after < before else start, before, after)
+    return descend
 
 
 def _loss(output: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
