@@ -63,8 +63,8 @@ class QTensor:
             return (self.codes.float() * scale).to(dtype)
         if self.scheme.kind != "int":
             return (codebook(self.scheme.kind).to(self.codes.device)[self.codes.int()] * scale).to(dtype)
-        zero = self.scheme.middle if self.zero is None else self.zero.float()[:, self.column_groups()]
-        return ((self.codes.float() - zero) * scale).to(dtype)
+        zero = self.scheme.middle if self.zero is None else self._by_column(self.zero.float())
+        return self.codes.float().sub_(zero).mul_(scale).to(dtype)
 
     def _column_scale(self) -> Tensor:
         """float32 scales of every element: [out, in], or [1, in] for a tensor's one scale."""
@@ -72,7 +72,15 @@ class QTensor:
         if self.scheme.granularity == "block":
             size, (rows, columns) = self.scheme.group_size, self.shape
             return scale.repeat_interleave(size, 0)[:rows].repeat_interleave(size, 1)[:, :columns]
-        return scale[:, self.column_groups()]
+        return self._by_column(scale)
+
+    def _by_column(self, values: Tensor) -> Tensor:
+        """[rows, groups] -> [rows, in]: what each column's group has; repeated where that will do, for a gather takes long."""
+        columns = self.codes.shape[1]
+        size = self.scheme.columns_per_scale(columns)
+        if self.group_index is not None or columns % size:
+            return values[:, self.column_groups()]
+        return values.unsqueeze(-1).expand(-1, -1, size).reshape(len(values), -1)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""
