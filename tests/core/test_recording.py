@@ -8,11 +8,13 @@ import torch
 
 import lowbit
 from lowbit.api.run import Settings
+from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.recording import Recorded, WatchesForQuestions
+from lowbit.core.streamed_model import StreamedModel
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-RECIPE = {"method": "gptq", "bits": 3, "group_size": 32, "dataset": "pydoc", "num_samples": 24, "seq_len": 64}
-TRAINED = {**RECIPE, "method": "autoround", "tune": {"steps": 20}}
+TEXT = {"dataset": "pydoc", "num_samples": 24, "seq_len": 64}
+TRAINED = {**TEXT, "method": "autoround", "bits": 3, "group_size": 32, "tune": {"steps": 20}}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +54,6 @@ def test_plain_arithmetic_is_no_question() -> None:
 def test_a_whole_block_of_a_model_asks_nothing_and_one_with_experts_does(
     tiny_llama: Path, make_model: Callable[..., Path]
 ) -> None:
-    from lowbit.core.checkpoint import open_checkpoint
-    from lowbit.core.streamed_model import StreamedModel
-
     experts = make_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     for path, asks in ((tiny_llama, False), (experts, True)):
         model = StreamedModel(open_checkpoint(path), torch.device("cpu"), torch.float32)
@@ -63,6 +62,13 @@ def test_a_whole_block_of_a_model_asks_nothing_and_one_with_experts_does(
             with WatchesForQuestions() as watch:
                 model.run_block(0, block, hidden)
         assert watch.seen == asks
+
+
+@needs_gpu
+def test_a_scalar_made_on_a_gpu_is_seen() -> None:
+    with WatchesForQuestions() as watch:
+        torch.tensor(2.0, device="cuda")
+    assert watch.seen
 
 
 @needs_gpu

@@ -27,12 +27,12 @@ from lowbit.recipe import Calibration, Recipe
 
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
-# of integers. Together they cost what AutoRound's 200 steps do; where launching kernels is most of a step, thrice as many do
-_STEPS, _MANY_STEPS = {"learn": LearnOptions.steps, "tune": 64}, {"learn": 3 * LearnOptions.steps, "tune": 3 * 64}
+# together they cost what AutoRound's 200 steps do; where launching kernels is most of a step, so many times as many do
+_LEARN_STEPS, _TUNE_STEPS, _MANY = LearnOptions.steps, 64, 3
 # weights of a block that a GPU computes with in less time than launching its kernels takes
 _SMALL_BLOCK = 2**25
-# of k-quants: they leave less to gain, and larger steps lose it again
-_GGUF_LEARN_STEPS, _GGUF_TUNE_STEPS, _GGUF_RATE = LearnOptions.steps, 64, 1e-3
+# smaller steps than elsewhere, and no more: a k-quant leaves less to gain, and larger ones lose it again
+_GGUF_RATE = 1e-3
 # of training codes: many small steps on much text (pipeline/codes.py)
 _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
 # share of a GPU's memory that training codes may take: states, logits and one block's graph are there too
@@ -59,10 +59,10 @@ def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Rec
             hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
         )
     options = recipe.options if recipe.method != "rtn" else {}
-    steps = _MANY_STEPS if many_steps else _STEPS
+    times = _MANY if many_steps else 1
     return Recipe.parse({
-        **recipe.model_dump(), "method": "autoround", "options": {"steps": steps["learn"], **options, "refine": 0},
-        "tune": {"steps": steps["tune"]}, "calibration": _with_self(recipe.calibration, 2).model_dump(),
+        **recipe.model_dump(), "method": "autoround", "options": {"steps": times * _LEARN_STEPS, **options, "refine": 0},
+        "tune": {"steps": times * _TUNE_STEPS}, "calibration": _with_self(recipe.calibration, 2).model_dump(),
     })  # fmt: skip
 
 
@@ -112,10 +112,10 @@ def _best_gguf(recipe: Recipe) -> Recipe:
         text = text.model_copy(update={"dataset": Calibration().dataset})
     # a mixture is chosen for its size; a plain type (Q4_0, IQ4_NL) also for the kernels that it has
     mixture = "_K" in file_type(recipe.method).name and not names_types(recipe.options)
-    chosen = {"learn_steps": _GGUF_LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
+    chosen = {"learn_steps": _LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
     return Recipe.parse({
         **recipe.model_dump(), "options": chosen,
-        "tune": {"steps": _GGUF_TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text, 1.5).model_dump(),
+        "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text, 1.5).model_dump(),
     })  # fmt: skip
 
 

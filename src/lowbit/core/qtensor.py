@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.codebooks import codebook, group_scale
+from lowbit.core.primitives import by_column
 from lowbit.core.scheme import WeightScheme
 
 
@@ -75,12 +76,10 @@ class QTensor:
         return self._by_column(scale)
 
     def _by_column(self, values: Tensor) -> Tensor:
-        """[rows, groups] -> [rows, in]: what each column's group has; repeated where that will do, for a gather takes long."""
+        """[rows, groups] -> [rows, in]: what each column's group has."""
         columns = self.codes.shape[1]
-        size = self.scheme.columns_per_scale(columns)
-        if self.group_index is not None or columns % size:
-            return values[:, self.column_groups()]
-        return values.unsqueeze(-1).expand(-1, -1, size).reshape(len(values), -1)
+        even = columns % self.scheme.columns_per_scale(columns) == 0
+        return by_column(values, self.column_groups(), consecutive=self.group_index is None and even)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""

@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 # fewer calls than these take longer to record than recording saves
 MANY_CALLS = 16
-_MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.lift_fresh.default}
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 _ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class WatchesForQuestions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
+class WatchesForQuestions(TorchDispatchMode):
     """Sees whether anything within it asks the GPU for a number or a shape (experts that are picked token by token do), or
     moves something there: neither can be recorded."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.seen = False
 
     def __torch_dispatch__(
@@ -30,10 +30,10 @@ class WatchesForQuestions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [one for one in tree_leaves((args, result)) if isinstance(one, Tensor)]
-        # a scalar of the CPU may be an operand, but moving it (torch.tensor(2.0, device=...) does) makes the CPU wait
-        moves = func in _MOVES
-        devices = {one.device.type for one in tensors if moves or one.dim()}
-        brought = func is torch.ops.aten.lift_fresh.default and devices != {"cpu"}
+        # a scalar of the CPU may be an operand, but not be copied to the GPU
+        devices = {one.device.type for one in tensors if one.dim() or func in _COPIES}
+        # all that is seen of torch.tensor(2.0, device=...)
+        brought = func is torch.ops.aten.lift_fresh.default and not result.is_cpu
         self.seen |= len(devices) > 1 or brought or not _ASKS.isdisjoint(func.tags)
         return result
 
@@ -71,7 +71,7 @@ class Recorded:
 
     def _beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """On a stream of its own, as recording will be: the backward pass remembers where it first ran."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = self._function(*inputs)

@@ -23,7 +23,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._stream = torch.cuda.Stream(device)
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read-piece")
         self._free: SimpleQueue[Tensor] = SimpleQueue()
         for _ in range(_READERS):
@@ -66,7 +66,7 @@ class Download:
     """Brings results from a GPU while it computes on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._stream = torch.cuda.Stream(device)
         self._memory = _page_locked()
 
     def pieces(self, data: Tensor, ready: torch.cuda.Event) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ How the weights of a format follow from what is trained is a `Learnable`'s own: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -109,28 +110,28 @@ def learn(
     batch, steps = options.batch_of(windows), options.steps
     held_out, training = order[:batch], order[batch:]
 
-    def held_out_loss(tensors: Mapping[str, Result]) -> tuple[float, bool]:
-        """(the loss, whether a pass is the same kernels for all windows)."""
+    def held_out_loss(tensors: Mapping[str, Result], watched: AbstractContextManager[object]) -> float:
         with torch.no_grad():
             hidden, weights = inputs(held_out), {name: tensor.dequantize() for name, tensor in tensors.items()}
-            with WatchesForQuestions() as watch:
+            with watched:
                 output = run(weights, hidden)
-            return _loss(output, hidden, targets(held_out)).item(), not watch.seen
+            return _loss(output, hidden, targets(held_out)).item()
 
     start = {name: matrix.start for name, matrix in matrices.items()}
-    before, alike = held_out_loss(start)
+    watch = WatchesForQuestions()
+    before = held_out_loss(start, watch)
     # how far positions and stretches go in the next step, in one place of the device's memory: recorded kernels read it there
     every = _lengths(options).to(next(iter(matrices.values())).position.device)
     lengths = torch.zeros(2, device=every.device)
     descend = _descent(matrices, run, lengths)
-    descend = Recorded(descend) if every.is_cuda and alike and steps >= MANY_CALLS else descend
+    descend = Recorded(descend) if every.is_cuda and not watch.seen and steps >= MANY_CALLS else descend
     for step in range(steps):
         chosen = training[torch.randint(len(training), (batch,), generator=generator)]
         lengths.copy_(every[step])
         descend(inputs(chosen), targets(chosen))
     del descend  # what is recorded keeps a whole step's memory
     trained = {name: matrix.result() for name, matrix in matrices.items()}
-    after, _ = held_out_loss(trained)
+    after = held_out_loss(trained, nullcontext())
     return Learned(trained if after < before else start, before, after)
 
 

@@ -103,7 +103,7 @@ def _through(
 
     def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            output.register_hook(lambda own: keep(path, own))  # type: ignore[no-untyped-call]  # torch's own
+            output.register_hook(lambda own: keep(path, own))
 
         return hook
 
