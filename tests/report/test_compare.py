@@ -44,6 +44,14 @@ def test_eighty_columns(artifacts: list[Path]) -> None:
     assert "gptq 4-bit g64" in " ".join(text.split())
 
 
+def test_the_legend_is_of_the_marks_that_are_there(artifacts: list[Path]) -> None:
+    rows = compared(artifacts)
+    assert [mark in compare_table.legend(rows) for mark in "=▾▼✗▴◆◇"] == [True] * 7
+    without = [{**values, "tasks": {}, "pareto_speed": None} for values in rows]
+    assert compare_table.legend(without) == "◆ nothing smaller is as good"
+    assert compare_table.legend([{**values, "pareto_memory": None} for values in without]) == ""
+
+
 def test_markdown_and_csv_hold_every_row(artifacts: list[Path]) -> None:
     rows = compared(artifacts)
     lines = compare_table.as_markdown(rows).splitlines()

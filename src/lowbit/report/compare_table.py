@@ -11,10 +11,7 @@ from lowbit.report.tables import is_perplexity
 
 Row = Mapping[str, Any]
 MARKS = {"": "", "better": "▴", "indistinguishable": "=", "small loss": "▾", "significant loss": "▼", "broken": "✗"}
-LEGEND = (
-    "against the base, paired: = indistinguishable, ▾ small loss, ▼ significant loss, ✗ broken, ▴ better; "
-    "◆ on the Pareto front of accuracy against memory, ◇ against speed"
-)
+_VERDICTS = "against the base, paired: = indistinguishable, ▾ small loss, ▼ significant loss, ✗ broken, ▴ better"
 
 
 def task_names(rows: Sequence[Row]) -> list[str]:
@@ -80,6 +77,16 @@ def _short(name: str) -> str:
     }.get(name, name.removeprefix("mmlu_"))
 
 
+def legend(rows: Sequence[Row]) -> str:
+    """What the marks in these rows' table mean; "" where it has none."""
+    meanings = [
+        (bool(task_names(rows)), _VERDICTS),
+        (any(values["pareto_memory"] for values in rows), "◆ nothing smaller is as good"),
+        (any(values["pareto_speed"] for values in rows), "◇ nothing faster is as good"),
+    ]
+    return "; ".join(meaning for has, meaning in meanings if has)
+
+
 def rich_table(rows: Sequence[Row], title: str) -> Any:
     """For a terminal."""
     from rich import box
@@ -87,7 +94,7 @@ def rich_table(rows: Sequence[Row], title: str) -> Any:
 
     table = Table(
         title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False,
-        collapse_padding=True, caption=LEGEND, caption_justify="left",
+        collapse_padding=True, caption=legend(rows), caption_justify="left",
     )  # fmt: skip
     columns = _columns(rows)
     for number, (heading, _) in enumerate(columns):
