@@ -39,6 +39,22 @@ def test_upper_is_the_cholesky_factor_of_the_inverse_in_the_order_of_rounding(co
     assert found.damp == 0.02
 
 
+def test_cost_in_text_is_that_of_a_unit_of_error_and_what_makes_up_for_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 48, generator=generator) * torch.logspace(0, -2, 48)
+    hessian, order = inputs.T @ inputs / 200, torch.randperm(48, generator=generator)
+    found = factor(hessian, order, 0.05 * hessian.diagonal().mean().item())
+    damped = hessian + found.damp * torch.eye(48)
+    for place, column in enumerate(order.tolist()):
+        later = order[place + 1 :]
+        # an error of one in this column, and in later columns what lowers the damped error most
+        error = torch.zeros(48)
+        error[column] = 1.0
+        error[later] = -torch.linalg.solve(damped[later][:, later], damped[later, column])
+        assert found.cost[column] == pytest.approx((error @ damped @ error).item(), rel=1e-3)
+        assert found.cost_in_text()[column] == pytest.approx((error @ hessian @ error).item(), rel=1e-2, abs=1e-7)
+
+
 def test_damping_grows_until_it_is_enough() -> None:
     hessian = positive(16)
     hessian[0, 1] = hessian[1, 0] = 1.3 * hessian.diagonal()[:2].max()

@@ -8,7 +8,10 @@ import torch
 from lowbit.core.checkpoint import open_checkpoint
 from lowbit.core.progress import Silent
 from lowbit.core.streamed_model import StreamedModel
-from lowbit.pipeline.sensitivity import output_sensitivity, price
+from lowbit.methods.kquants import CODECS, decode, encode
+from lowbit.methods.kquants.curvature import factor_gram
+from lowbit.methods.kquants.second_order import SecondOrderOptions, quantize
+from lowbit.pipeline.sensitivity import output_sensitivity, price, price_to_second_order
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"])
@@ -33,6 +36,23 @@ def test_price_is_the_divergence_of_a_small_change(tiny_llama: Path, name: str) 
     sensitivity = found.head if name == "lm_head" else found.layers[name]
     assert sensitivity is not None
     assert price(weight, module.weight, gram, sensitivity) == pytest.approx(measured, rel=0.35)
+
+
+@pytest.mark.parametrize("type_name", ["Q3_K", "Q4_K", "Q6_K"])
+def test_price_to_second_order_is_what_second_order_rounding_leaves(type_name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # inputs as a model's are: some directions hold most of them
+    mixed = torch.randn(512, 512, generator=generator) * torch.logspace(0, -1, 512).unsqueeze(1)
+    inputs = torch.randn(4096, 512, generator=generator) @ mixed
+    gram, weight = inputs.T @ inputs / len(inputs), torch.randn(256, 512, generator=generator) * 0.02
+    matters = torch.rand(256, generator=generator)
+    curvature = factor_gram(gram)
+    nearest = decode(type_name, encode(type_name, weight, curvature.factored.cost), 512)
+    predicted = price_to_second_order(weight, nearest, curvature.factored.cost_in_text(), matters)
+    grid, codes = quantize(type_name, weight, curvature, SecondOrderOptions())
+    measured = price(weight, CODECS[type_name].dequantize(grid, codes), gram, matters)
+    assert predicted == pytest.approx(measured, rel=0.2)
+    assert price(weight, nearest, gram, matters) > 2.5 * measured
 
 
 def test_gradients_are_summed_in_one_order(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

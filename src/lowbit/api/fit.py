@@ -29,8 +29,8 @@ _BASE = "q4_k_m"
 
 @dataclass(frozen=True)
 class Fit:
-    """recipe: what `lowbit quantize` runs. nbytes: of the file. kl: predicted, of rounding with an importance matrix (the
-    second-order rounding of the recipe does better); bound: no allocation within the budget is predicted to cost less.
+    """recipe: what `lowbit quantize` runs. nbytes: of the file. kl: predicted, of second-order rounding, without what errors
+    of earlier blocks add; bound: no allocation within the budget is predicted to cost less.
     like: the same prediction for plain file types: name -> (bytes, kl)."""
 
     recipe: Recipe

@@ -1,7 +1,8 @@
 """Which type every tensor of a GGUF file should have, so that a number of bytes costs the least divergence.
 
 One calibration pass gives the Gram matrix of every layer's inputs, one pass back how much its outputs matter; every tensor
-is rounded to every type and priced (lowbit.pipeline.sensitivity), and the knapsack is solved (lowbit.recommend.allocate).
+is rounded to every type and priced as second-order rounding will leave it (lowbit.pipeline.sensitivity), and the knapsack is
+solved (lowbit.recommend.allocate).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lowbit.core.checkpoint.gguf_source import GgufSource
 from lowbit.core.ggml_types import ggml_type
 from lowbit.core.progress import Progress
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods.hessian import Factor
 from lowbit.methods.kquants import decode, encode
+from lowbit.methods.kquants.curvature import factor_gram
 from lowbit.methods.kquants.policy import ModelInfo, PolicyOptions, TensorInfo, tensor_types
 from lowbit.pipeline.gguf_names import LinearTensor, linear_tensors
 from lowbit.pipeline.gguf_stream import embedded, grams_of, head_statistics
@@ -31,7 +34,7 @@ from lowbit.pipeline.sensitivity import (
     PRICED_TYPES,
     Sensitivity,
     output_sensitivity,
-    price,
+    price_to_second_order,
 )
 from lowbit.pipeline.writer import write_json
 from lowbit.recommend.allocate import Choice, allocate
@@ -83,10 +86,11 @@ class Prices:
             with torch.no_grad(), model.block(index) as module:
                 grams = grams_of(model, index, module, [own[0].name for own in groups], states)
                 for own in groups:
+                    factored = factor_gram(grams.pop(own[0].name)).factored
                     for linear in own:
                         weight = module.get_submodule(linear.name).get_parameter("weight").float()
                         weight = weight.T if model.architecture.transposed else weight
-                        self._add(linear.tensor, weight, grams[own[0].name], found.layers[linear.path])
+                        self._add(linear.tensor, weight, factored, found.layers[linear.path])
             self.progress.advance()
         self._outside(found, head_statistics(model, states).gram)
         self.progress.advance()
@@ -104,28 +108,30 @@ class Prices:
         device = self.model.device
         table = self.source.dense("token_embd.weight").to(device)
         often = torch.bincount(self.windows.flatten(), minlength=len(table)).to(device) / self.windows.numel()
-        tied = "output.weight" not in self.source.tensors
+        tied, factored = "output.weight" not in self.source.tensors, factor_gram(gram).factored
         if not tied:
-            self._add("output.weight", self.source.dense("output.weight").to(device), gram, found.head)
+            self._add("output.weight", self.source.dense("output.weight").to(device), factored, found.head)
         # an embedding row's error reaches the model whenever its token occurs, column by column
-        self._add("token_embd.weight", table, gram if tied else None, found.head, (found.embedding, often))
+        self._add("token_embd.weight", table, factored if tied else None, found.head, (found.embedding, often))
 
     def _add(
         self,
         tensor: str,
         weight: Tensor,
-        gram: Tensor | None,
+        factored: Factor | None,
         sensitivity: Tensor,
         embedding: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         rows = priced_rows(weight)
         part, share = weight[rows].contiguous(), len(weight) / len(rows)
-        importance = None if gram is None else gram.diagonal().contiguous()
+        # as second-order rounding itself has it for its choice of scales
+        importance = None if factored is None else factored.cost
+        left = None if factored is None else factored.cost_in_text()
         columns = weight.shape[1]
         choices = []
         for name in PRICED_TYPES if columns % 256 == 0 else PRICED_SMALL_BLOCKS:
             rounded = decode(name, encode(name, part, importance), columns).to(part.device)
-            cost = 0.0 if gram is None else price(part, rounded, gram, sensitivity[rows] * share)
+            cost = 0.0 if left is None else price_to_second_order(part, rounded, left, sensitivity[rows] * share)
             if embedding is not None:
                 errors = (part - rounded).square() @ embedding[0]
                 cost += 0.5 * (errors * _typical(embedding[1], rows)).sum().item()

@@ -115,9 +115,10 @@ def _print(found: Fit, measured: dict[str, Any] | None, recipe: Path | None, out
     console = Console()
     console.print(table)
     gap = found.kl / found.bound - 1 if found.bound > 0 else 0.0
+    rounding = "second-order rounding" if gguf else "rounding by GPTQ without its second stream"
     console.print(
-        f"no mixture of this size is predicted to be more than {gap:.1%} better; predictions are of rounding "
-        f"{'with an importance matrix' if gguf else 'by GPTQ without its second stream'}"
+        f"no mixture of this size is predicted to be more than {gap:.1%} better; predictions are of {rounding}, without what "
+        "errors of earlier blocks add"
     )
     if measured is not None:
         console.print(f"{output}: measured KL {measured['kl']:.4f} ± {measured['kl_error']:.4f} on held-out text")

@@ -40,6 +40,14 @@ class Factor:
     damp: float
     cost: Tensor
 
+    def cost_in_text(self) -> Tensor:
+        """[in], in the columns' own order: `cost` without what damping adds to it. An error in a column ends as that error
+        times its row of the factor over the row's diagonal, spread over the columns after it."""
+        own = self.upper.diagonal().square()
+        spread = self.upper.square().sum(1).div_(own)
+        in_order = own.reciprocal().sub_(spread, alpha=self.damp).clamp_min_(0)
+        return torch.empty_like(in_order).index_copy_(0, self.order, in_order)
+
     def times_inverse(self, left: Tensor) -> Tensor:
         """left [rows, in] times the inverse of the damped Hessian, columns in their own order."""
         ordered = left[:, self.order]

@@ -92,14 +92,17 @@ def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine
 
 
 def _fitting(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine) -> float:
-    """Seconds that prices take: rows rounded to every type, a Gram matrix of every input, a pass back of a few windows."""
+    """Seconds that prices take: rows rounded to every type, a Gram matrix of every input and its factor, a pass back of a few
+    windows."""
     matrices = [tensor for block in _blocks(planned) for tensor in block]
     count = min(work.windows * work.tokens, max(GRADIENT_WINDOWS * work.tokens, PRICED_TOKENS))
     back = min(work.windows, GRADIENT_WINDOWS) * work.tokens
     rows = sum(min(tensor.rows, PRICED_ROWS) * tensor.shape[-1] for tensor in matrices)
-    grams = sum(2.0 * tensor.shape[-1] ** 2 * count for tensor in matrices if _INPUT.search(tensor.name))
+    inputs = [tensor.shape[-1] for tensor in matrices if _INPUT.search(tensor.name)]
+    grams = sum(2.0 * columns**2 * count for columns in inputs)
     passes = 2 * _weights(matrices) * (count + _PASSES_BACK * back)
-    return len(PRICED_TYPES) * _SEARCH[machine.kind] * rows / machine.exact + (grams + passes) / machine.fast
+    exact = len(PRICED_TYPES) * _SEARCH[machine.kind] * rows + sum(3.0 * columns**3 for columns in inputs)
+    return exact / machine.exact + (grams + passes) / machine.fast
 
 
 def _blocks(planned: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:

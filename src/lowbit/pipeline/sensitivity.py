@@ -4,6 +4,8 @@ Near the base, KL(base || changed) is 1/2 d^T F d with F the Fisher information,
 log p(y) for labels y drawn from the model itself (Martens 2014). Taken to be independent of the layer's inputs and
 diagonal over its outputs, as K-FAC does (Martens and Grosse 2015), a rounding error D of a weight costs
     1/2 sum over rows r of G_r (D A D^T)_rr,    G_r = mean squared gradient of output r,  A = Gram matrix of the inputs.
+Second-order rounding makes up for the error of a column in those after it, which leaves sum over columns i of e_i^2 c_i of
+(D A D^T)_rr, with e the errors of rounding to nearest and c what the factor of A says (methods/hessian.py).
 G takes one pass through the model and back; the pass back keeps one block's graph at a time.
 """
 
@@ -46,6 +48,12 @@ class Sensitivity:
 def price(weight: Tensor, rounded: Tensor, gram: Tensor, sensitivity: Tensor) -> float:
     """Nats a token that rounding costs: weight, rounded [out, in]; gram [in, in], the mean of x x^T; sensitivity [out]."""
     return 0.5 * (output_powers(weight - rounded, gram) * sensitivity).sum().item()
+
+
+def price_to_second_order(weight: Tensor, rounded: Tensor, cost: Tensor, sensitivity: Tensor) -> float:
+    """Nats a token that second-order rounding costs: weight, and its rounding to nearest, [out, in]; cost [in], of a unit of
+    squared error in a column once the columns after it have made up for it; sensitivity [out]."""
+    return 0.5 * (((weight - rounded).square() @ cost) * sensitivity).sum().item()
 
 
 def output_sensitivity(model: StreamedModel, windows: Tensor, progress: Progress, seed: int = 0) -> Sensitivity:
