@@ -2,9 +2,9 @@
 
 fast: no second stream of activations, no refinement. balanced: the presets as they are. best: as much text again is sampled
 from the model itself, blocks are trained (autoround, in a GGUF file from second-order codes), and a last pass trains scales
-and norms end to end; small models on a GPU in three times as many steps. A k-quant's tensors get the types that cost the
-least divergence in a file no larger, and where a GPU has room for them all codes are trained. docs/accuracy.md has the time
-and divergence of each.
+and norms end to end. A k-quant's tensors get the types that cost the least divergence in a file no larger, and where a GPU has
+room for them all codes are trained. Small models on a GPU train in two to three times as many steps. docs/accuracy.md has the
+time and divergence of each.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _SMALL_BLOCK = 2**25
 _GGUF_RATE = 1e-3
 # of training codes: many small steps on much text (pipeline/codes.py)
 _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples": 4500}
+_MANY_CODES = {**_CODES, "steps": 5000, "self_samples": 9000}
 # share of a GPU's memory that training codes may take: states, logits and one block's graph are there too
 _ROOM = 0.7
 # what learned rounding can start from: integer grids whose codes calibration chooses
@@ -42,16 +43,17 @@ _LEARNABLE = ("rtn", "gptq", "autoround")
 
 
 def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Recipe:
-    """The recipe at another effort. many_steps: whether steps of training are so quick that three times as many are no matter.
-    Raises RecipeError for an unknown level, or one that means nothing for the method."""
+    """The recipe at another effort. many_steps: whether steps of training are so quick that many more are no matter. Raises
+    RecipeError for an unknown level, or one that means nothing for the method."""
     if effort not in EFFORTS:
         raise RecipeError(f"effort {effort!r} is unknown", hint=f"one of {', '.join(EFFORTS)}")
     if effort == "balanced":
         return recipe
     if effort == "fast":
         return recipe.updated(options={"asymmetric": 0, "refine": 0}) if recipe.method == "gptq" else recipe
+    times = _MANY if many_steps else 1
     if recipe.format == "gguf" and ggml_type(file_type(recipe.method).default_type).quantized:
-        return _best_gguf(recipe)
+        return _best_gguf(recipe, times)
     if recipe.method not in _LEARNABLE:
         raise RecipeError(
             f"--effort best trains codes and scales, and method {recipe.method!r} in format {recipe.format!r} has none "
@@ -59,10 +61,9 @@ def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Rec
             hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
         )
     options = recipe.options if recipe.method != "rtn" else {}
-    times = _MANY if many_steps else 1
     return Recipe.parse({
         **recipe.model_dump(), "method": "autoround", "options": {"steps": times * _LEARN_STEPS, **options, "refine": 0},
-        "tune": {"steps": times * _TUNE_STEPS}, "calibration": _with_self(recipe.calibration, 2).model_dump(),
+        "tune": {"steps": times * _TUNE_STEPS}, "calibration": _with_self(recipe.calibration).model_dump(),
     })  # fmt: skip
 
 
@@ -82,14 +83,15 @@ def resolved(
 
     Raises RecipeError as `with_effort` does, and whatever opening the model raises.
     """
-    found = with_effort(recipe, effort)
+    found, many_steps = with_effort(recipe, effort), False
     # the other levels are the same everywhere, and a process that only starts others must leave GPUs alone
     if effort == "best" and (place := pick_device(device)).type == "cuda":
         shapes = StreamedModel(open_checkpoint(model, revision=revision), torch.device("cpu"), torch.bfloat16)
-        found = with_effort(recipe, effort, many_steps=_largest_block(shapes) <= _SMALL_BLOCK)
+        many_steps = _largest_block(shapes) <= _SMALL_BLOCK
+        found = with_effort(recipe, effort, many_steps=many_steps)
         if tune_codes is None and tune_steps is None:
             tune_codes = _trains_codes(found, shapes, place)
-    return (with_trained_codes(found) if tune_codes else found).updated(tune_steps=tune_steps)
+    return (with_trained_codes(found, many_steps=many_steps) if tune_codes else found).updated(tune_steps=tune_steps)
 
 
 def _largest_block(model: StreamedModel) -> int:
@@ -101,26 +103,27 @@ def _trains_codes(recipe: Recipe, model: StreamedModel, device: torch.device) ->
     return has_codes and memory_for_codes(model) < _ROOM * memory_of(device)
 
 
-def with_trained_codes(recipe: Recipe) -> Recipe:
-    """The recipe with codes trained in its last pass, mostly on text that the model writes for it."""
-    return Recipe.parse({**recipe.model_dump(), "tune": _CODES})
+def with_trained_codes(recipe: Recipe, *, many_steps: bool = False) -> Recipe:
+    """The recipe with codes trained in its last pass, mostly on text that the model writes for it. many_steps: as for
+    `with_effort`."""
+    return Recipe.parse({**recipe.model_dump(), "tune": _MANY_CODES if many_steps else _CODES})
 
 
-def _best_gguf(recipe: Recipe) -> Recipe:
+def _best_gguf(recipe: Recipe, times: int) -> Recipe:
     text = recipe.calibration
     if text.dataset == NO_TEXT:
         text = text.model_copy(update={"dataset": Calibration().dataset})
     # a mixture is chosen for its size; a plain type (Q4_0, IQ4_NL) also for the kernels that it has
     mixture = "_K" in file_type(recipe.method).name and not names_types(recipe.options)
-    chosen = {"learn_steps": _LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
+    chosen = {"learn_steps": times * _LEARN_STEPS, "fit_types": mixture, **recipe.options, "refine": "hessian"}
     return Recipe.parse({
         **recipe.model_dump(), "options": chosen,
-        "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text, 1.5).model_dump(),
+        "tune": {"steps": _TUNE_STEPS, "rate": _GGUF_RATE}, "calibration": _with_self(text).model_dump(),
     })  # fmt: skip
 
 
-def _with_self(text: Calibration, times: float) -> Calibration:
-    """So many times the windows, half of them the model's own text: fitting one text alone is what other text pays for."""
+def _with_self(text: Calibration) -> Calibration:
+    """As many windows again, of the model's own text: fitting one text alone is what other text pays for."""
     if "self" in text.dataset.split("+"):
         return text
-    return text.model_copy(update={"dataset": f"{text.dataset}+self", "num_samples": round(text.num_samples * times)})
+    return text.model_copy(update={"dataset": f"{text.dataset}+self", "num_samples": 2 * text.num_samples})
