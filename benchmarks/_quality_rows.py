@@ -38,6 +38,11 @@ class Here:
 OWN: dict[str, Any] = {"bits": None, "group_size": None, "symmetric": None}
 # of files of these types; with an importance matrix their bytes are those of llama-quantize (tests/methods/kquants)
 KQUANTS = ("q4_k_m", "q3_k_s")
+# 4-bit floats, as fields of a recipe
+FLOATS: dict[str, dict[str, Any]] = {
+    "mxfp4": {"kind": "mxfp4", "bits": 4, "group_size": 32, "symmetric": True},
+    "nvfp4": {"kind": "nvfp4", "bits": 4, "group_size": 16, "symmetric": True},
+}
 
 ROWS: dict[str, Ours | Peer | Here] = {
     "ours:rtn": Ours({"method": "rtn"}),
@@ -53,6 +58,8 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "ours:best": Ours({"method": "gptq", "effort": "best"}),
     "ours:best-codes": Ours({"method": "gptq", "effort": "best", "tune_codes": True}),
     **{f"ours:{name}": Ours({"method": name, **OWN}) for name in ("w8a8", "int8_sq", "fp8", "nf4", "mxfp4", "nvfp4")},
+    **{f"ours:{name}-gptq": Ours({"method": "gptq", **numbers}) for name, numbers in FLOATS.items()},
+    **{f"ours:{name}-best": Ours({"method": name, **OWN, "effort": "best"}) for name in FLOATS},
     **{
         f"ours:{name}-{row}": Ours({"method": name, **OWN, "options": {"refine": row}})
         for name in KQUANTS
@@ -72,6 +79,12 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "llmcompressor:fp8": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "FP8_DYNAMIC")),
     "llmcompressor:nvfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "NVFP4A16")),
     "llmcompressor:mxfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "MXFP4A16")),
+    **{
+        f"llmcompressor:{name}-gptq": Peer(
+            "llm-compressor", "llmcompressor_scheme.py", ("--scheme", f"{name.upper()}A16", "--gptq")
+        )
+        for name in FLOATS
+    },
     "bitsandbytes:nf4": Here("bitsandbytes_nf4.py"),
     "autoround:signround": Peer("auto-round", "autoround.py"),
     "gptqmodel:gptq": Peer("gptqmodel", "gptqmodel_gptq.py"),

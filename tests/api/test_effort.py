@@ -17,7 +17,7 @@ def test_balanced_is_the_preset_and_fast_does_less() -> None:
     assert with_effort(recipe, "fast").options["asymmetric"] == 0
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "autoround"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "autoround", "mxfp4", "nvfp4"])
 def test_best_trains_blocks_and_scales_on_all_of_the_text_and_as_much_of_the_models_own(method: str) -> None:
     recipe = recipe_for(method).updated(dataset="pydoc", num_samples=100)
     few, many = with_effort(recipe, "best"), with_effort(recipe, "best", many_steps=True)

@@ -111,6 +111,19 @@ def test_torchrun_itself_starts_them(lowbit_here: Run, tiny_llama: Path, tmp_pat
     check_alike(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_scale_of_the_whole_matrix_is_chosen_by_one_process(
+    lowbit_here: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "nvfp4.yaml"
+    recipe.write_text("{method: gptq, kind: nvfp4, bits: 4, group_size: 16, format: compressed-tensors}")
+    flags = ["--recipe", str(recipe), "--group-size", "16", "--device", "cpu"]
+    done = run(command(tiny_llama, tmp_path / "two", *flags, "--gpus", "2"))
+    assert done.returncode == 0, done.stderr
+    alone = lowbit_here("quantize", tiny_llama, "-o", tmp_path / "one", *FLAGS, *flags)
+    assert alone.returncode == 0, alone.stderr
+    check_alike(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_killed_process_ends_the_run_with_one_sentence_and_it_resumes(
     deep: Path, shared: Path, tmp_path: Path
 ) -> None:

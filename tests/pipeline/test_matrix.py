@@ -63,6 +63,13 @@ SCHEMES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "llm_int8": ("llm_int8", {}, {"bitsandbytes", "compressed-tensors"}),
     "mxfp4": ("mxfp4", {}, {"compressed-tensors"}),
     "nvfp4": ("nvfp4", {}, {"compressed-tensors", "modelopt"}),
+    "mxfp4 gptq": ("gptq", {"kind": "mxfp4", "group_size": "auto"}, {"compressed-tensors"}),
+    "nvfp4 gptq": ("gptq", {"kind": "nvfp4", "group_size": "auto"}, {"compressed-tensors", "modelopt"}),
+    "fp8 learned": (
+        "autoround",
+        {"kind": "float", "group_size": "auto", "options": {"steps": 2}},
+        {"compressed-tensors"},
+    ),
     "nvfp4 a4": ("nvfp4_a4", {}, {"compressed-tensors", "modelopt"}),
 }
 CASES = [(name, fmt) for name, (_, _, formats) in SCHEMES.items() for fmt in sorted(formats)]
@@ -193,7 +200,14 @@ def test_true_act_order_is_refused_where_it_cannot_be_loaded(block: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "gptq", "kind": "nvfp4", "group_size": 16}, "method 'gptq' chooses int numbers, not nvfp4"),
+        (
+            {"method": "gptq", "kind": "float", "group_size": 0},
+            "method 'gptq' chooses int, mxfp4, nvfp4 numbers, not float",
+        ),
+        (
+            {"method": "gptq", "kind": "nvfp4", "group_size": "auto", "options": {"act_order": "desc"}},
+            "groups of nvfp4 stay where they are",
+        ),
         ({"method": "fp8", "kind": "int"}, "method 'fp8' chooses float numbers, not int"),
         ({"method": "fp4", "kind": "nvfp4", "group_size": 32}, "nvfp4 has groups of 16, not 32"),
         ({"method": "rtn", "bits": 12}, "12 bit integers"),

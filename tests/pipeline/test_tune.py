@@ -107,6 +107,18 @@ def test_learned_rounding_lowers_the_divergence(tiny_llama: Path, tmp_path: Path
     assert numbers[1] < 0.97 * numbers[0]
 
 
+@pytest.mark.parametrize("method", ["mxfp4", "nvfp4", "nvfp4_a4"])
+def test_best_trains_small_floats_from_rounding_to_nearest(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    own = {"method": method, "bits": None, "group_size": None}
+    nearest = quantized(tiny_llama, tmp_path / "nearest", **own)
+    options = {"search": True, "steps": 40, "batch": 4, "reach": 1.0}
+    best = quantized(tiny_llama, tmp_path / "best", **own, effort="best", options=options, tune_steps=4)
+    assert divergence(tiny_llama, best) < 0.95 * divergence(tiny_llama, nearest)
+    one, other = (open_checkpoint(made) for made in (nearest, best))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert one.config["quantization_config"] == other.config["quantization_config"]
+
+
 def test_best_gives_the_same_bytes_again(tiny_llama: Path, tmp_path: Path) -> None:
     def make(name: str) -> bytes:
         made = quantized(

@@ -9,8 +9,9 @@ time and divergence of each.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +22,7 @@ from lowbit.core.errors import RecipeError
 from lowbit.core.ggml_types import file_type, ggml_type
 from lowbit.core.hardware import memory_of, pick_device
 from lowbit.core.streamed_model import StreamedModel
+from lowbit.methods import METHODS
 from lowbit.methods.learning import LearnOptions
 from lowbit.pipeline.codes import memory_for_codes
 from lowbit.recipe import Calibration, Recipe
@@ -38,8 +40,8 @@ _CODES = {"steps": 2200, "rate": 3e-4, "batch": 16, "codes": 8e-4, "self_samples
 _MANY_CODES = {**_CODES, "steps": 5000, "self_samples": 9000}
 # share of a GPU's memory that training codes may take: states, logits and one block's graph are there too
 _ROOM = 0.7
-# what learned rounding can start from: integer grids whose codes calibration chooses
-_LEARNABLE = ("rtn", "gptq", "autoround")
+# what learned rounding can start from: the method's codes, or those that it chooses itself on the same grid
+_LEARNABLE = ("rtn", "gptq", "autoround", "fp4")
 
 
 def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Recipe:
@@ -58,13 +60,21 @@ def with_effort(recipe: Recipe, effort: str, *, many_steps: bool = False) -> Rec
         raise RecipeError(
             f"--effort best trains codes and scales, and method {recipe.method!r} in format {recipe.format!r} has none "
             "that it could",
-            hint=f"--method {', '.join(_LEARNABLE)}, or a k-quant such as q4_k_m",
+            hint="--method rtn, gptq, autoround, mxfp4 or nvfp4, or a k-quant such as q4_k_m",
         )
-    options = recipe.options if recipe.method != "rtn" else {}
     return Recipe.parse({
-        **recipe.model_dump(), "method": "autoround", "options": {"steps": times * _LEARN_STEPS, **options, "refine": 0},
+        **recipe.model_dump(), "method": "autoround",
+        "options": {"steps": times * _LEARN_STEPS, **_options_for_training(recipe), "refine": 0},
         "tune": {"steps": times * _TUNE_STEPS}, "calibration": _with_self(recipe.calibration).model_dump(),
     })  # fmt: skip
+
+
+def _options_for_training(recipe: Recipe) -> dict[str, Any]:
+    """All that GPTQ has, from which autoround starts on integers; what another method calls its own, it has not."""
+    if recipe.method in ("gptq", "autoround"):
+        return recipe.options
+    own = {field.name for field in fields(METHODS.get(recipe.method).options)}
+    return {name: value for name, value in recipe.options.items() if name not in own}
 
 
 def resolved(

@@ -24,6 +24,10 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help="Preset or method: gptq, awq, int8_sq, fp8 ... (lowbit methods).")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: int, float (FP8), mxfp4 or nvfp4; then in groups of their own size."),
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="Columns that share a scale; 0 one scale a row; auto picks one that fits.")
@@ -129,6 +133,8 @@ def quantize(
 
     lowbit quantize ./model --method gptq --group-size auto --dataset pydoc --format gptq -o model-gptq
 
+    lowbit quantize ./model --method gptq --kind nvfp4 --dataset wikitext -o model-nvfp4
+
     lowbit quantize model.gguf --recipe recipe.yaml -o out --dry-run
 
     lowbit quantize ./llama-70b --gpus 4 -o llama-70b-w4
@@ -158,8 +164,9 @@ def quantize(
         max_shard_size=parse_bytes(max_shard_size),
     )
     chosen = _recipe(recipe, method, output).updated(
+        kind=kind,
         bits=bits,
-        group_size=parse_group_size(group_size),
+        group_size=parse_group_size("auto" if kind and group_size is None else group_size),
         symmetric=sym,
         dataset=dataset,
         num_samples=num_samples,

@@ -1,4 +1,4 @@
-"""Learned rounding from a good start: GPTQ (or the float method of FP8 and FP4) first, then whole blocks are trained.
+"""Learned rounding from a good start: GPTQ (FP8: rounding to nearest) first, then whole blocks are trained.
 
 The training is lowbit.methods.learning; this file says how it starts and what can be set.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics
-from lowbit.methods import fp4, fp8, gptq
+from lowbit.methods import fp8, gptq
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,9 @@ def quantize(
     options: AutoroundOptions,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """The start: weight [out, in] float32 -> codes and scales, as gptq, fp8 or fp4 choose them. Raises CalibrationError."""
+    """The start: weight [out, in] float32 -> codes and scales, as gptq or fp8 choose them. Raises CalibrationError."""
     if scheme.kind == "float":
         return fp8.quantize(weight, statistics, scheme, fp8.Fp8Options(), scale_dtype)
-    if scheme.kind in ("mxfp4", "nvfp4"):
-        return fp4.quantize(weight, statistics, scheme, fp4.Fp4Options(), scale_dtype)
     return gptq.quantize(weight, statistics, scheme, options, scale_dtype)
 
 

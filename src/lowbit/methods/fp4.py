@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.core.codebooks import codebook
+from lowbit.core.codebooks import codebook, group_scale
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
@@ -44,25 +44,28 @@ def quantize(
     options: Fp4Options,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Quantized:
-    """weight [out, in] float32 -> uint8 codes. Scales are uint8 exponents of bias 127 (mxfp4), or float8_e4m3fn that
-    `extra["global_scale"]` [1] float32 divides (nvfp4), whatever `scale_dtype` says. Statistics weigh the error of each
-    column by its inputs' power (nvfp4)."""
+    """weight [out, in] float32 -> the nearest codes and the scales of `choose_scales`, whatever `scale_dtype` says. Statistics
+    weigh the error of each column by its inputs' power (nvfp4)."""
+    cost = torch.ones_like(weight[0]) if statistics is None or statistics.gram is None else statistics.gram.diagonal()
+    scale, extra = choose_scales(weight, scheme, options, cost)
+    grouped = weight.view(weight.shape[0], -1, scheme.group_size)
+    nearest = codes(grouped / group_scale(scheme.kind, scale, extra)[..., None])
+    return Quantized(QTensor(nearest.view(weight.shape), scale, scheme, extra=extra))
+
+
+def choose_scales(
+    weight: Tensor, scheme: WeightScheme, options: Fp4Options, cost: Tensor
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """(stored scales [out, groups], further tensors): uint8 exponents of bias 127 (mxfp4), or float8_e4m3fn that "global_scale"
+    [1] float32 divides (nvfp4). cost: [in], of a unit of squared error in each column (nvfp4)."""
     grouped = weight.view(weight.shape[0], -1, scheme.group_size)
     if scheme.kind == "mxfp4":
-        stored = _exponents(grouped, options)
-        codes = _codes(grouped / _power_of_two(stored)[..., None])
-        return Quantized(QTensor(codes.view(weight.shape), stored, scheme))
-    cost = torch.ones_like(weight[0]) if statistics is None or statistics.gram is None else statistics.gram.diagonal()
-    costs = cost.view(1, -1, scheme.group_size)
+        return _exponents(grouped, options), None
     largest = weight.abs().amax().clamp_min(1e-12)
-    global_scale = (_LARGEST_SCALE * _LARGEST_CODE / largest).reshape(1)
-
-    def value(scale: Tensor) -> Tensor:
-        return scale.float() / global_scale
-
-    stored = _least_error(grouped, costs, _fractions(grouped, global_scale, options), value)
-    codes = _codes(grouped / value(stored)[..., None])
-    return Quantized(QTensor(codes.view(weight.shape), stored, scheme, extra={"global_scale": global_scale}))
+    extra = {"global_scale": (_LARGEST_SCALE * _LARGEST_CODE / largest).reshape(1)}
+    candidates = _fractions(grouped, extra["global_scale"], options)
+    costs = cost.view(1, -1, scheme.group_size)
+    return _least_error(grouped, costs, candidates, lambda scale: group_scale("nvfp4", scale, extra)), extra
 
 
 def _least_error(grouped: Tensor, costs: Tensor, candidates: list[Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
@@ -71,7 +74,7 @@ def _least_error(grouped: Tensor, costs: Tensor, candidates: list[Tensor], value
     best, lowest = candidates[0], torch.full(grouped.shape[:-1], torch.inf, device=grouped.device)
     for candidate in candidates:
         scale = value(candidate)[..., None]
-        rounded = book[_codes(grouped / scale).int()] * scale
+        rounded = book[codes(grouped / scale).int()] * scale
         error = ((rounded - grouped).square() * costs).sum(-1)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
@@ -84,12 +87,8 @@ def _exponents(grouped: Tensor, options: Fp4Options) -> Tensor:
     largest = grouped.abs().amax(-1).clamp_min(2.0**-120)
     exponent = torch.frexp(largest).exponent - 1 - 2 + 127
     if options.search:
-        exponent += (largest > _NEARER_TO_NEXT * _power_of_two(exponent)).int()
+        exponent += (largest > _NEARER_TO_NEXT * group_scale("mxfp4", exponent, None)).int()
     return exponent.clamp(0, 254).to(torch.uint8)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.int() - 127)
 
 
 def _fractions(grouped: Tensor, global_scale: Tensor, options: Fp4Options) -> list[Tensor]:
@@ -100,7 +99,7 @@ def _fractions(grouped: Tensor, global_scale: Tensor, options: Fp4Options) -> li
     return [(exact * share).clamp(smallest, _LARGEST_SCALE).to(torch.float8_e4m3fn) for share in shares]
 
 
-def _codes(scaled: Tensor) -> Tensor:
+def codes(scaled: Tensor) -> Tensor:
     """Nearest E2M1 codes, ties to the even code as hardware rounds: uint8, bit 3 is the sign."""
     magnitude = scaled.abs()
     code = torch.zeros_like(scaled, dtype=torch.uint8)

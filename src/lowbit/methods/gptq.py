@@ -12,23 +12,28 @@ Transformers", 2022, Algorithm 1. Additions, each switchable:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lowbit.core.codebooks import codebook
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
+from lowbit.core.qtensor import QTensor
 from lowbit.core.scheme import WeightScheme
 from lowbit.core.statistics import InputStatistics, tensor_float32_products
-from lowbit.methods.columns import block_width, compensate
+from lowbit.methods import fp4
+from lowbit.methods.columns import block_width, compensate, compensate_on_levels
 from lowbit.methods.compiling import available
 from lowbit.methods.hessian import Factor, factor
 from lowbit.methods.refine import descend_codes, fit_scales
 from lowbit.methods.rtn import make_qtensor
 
 ActOrder = Literal["static", "desc", "none"]
+Within = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 # columns in a group that the GPU's grid search takes; a row with one scale is left to PyTorch
 LONGEST_GROUP = 1024
 # rows are rounded this many weights at a time on a CPU
@@ -39,7 +44,8 @@ _WEIGHTS_AT_ONCE = 2**22
 class GptqOptions:
     """percdamp: share of the mean diagonal added to the Hessian's diagonal; ten times more on each failed factorization.
     act_order: "static" (loads everywhere), "desc" (groups move along, `desc_act`), or "none".
-    search: search grids instead of min-max. refine: rounds of scale fitting and coordinate descent after the column loop.
+    search: search grids instead of min-max. refine: rounds of scale fitting and coordinate descent after the column loop, of
+        integers.
     asymmetric: share (0 to 1) of the asymmetric calibration's correction that is applied; 0 turns it off and saves the
         second stream of activations. Shares near 1 fit the calibration text better and other text worse.
     """
@@ -58,19 +64,14 @@ def quantize(
     options: GptqOptions,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """weight [out, in] float32, with the statistics of its inputs -> codes and scales in `scale_dtype`.
+    """weight [out, in] float32, with the statistics of its inputs -> codes and scales in `scale_dtype` (MXFP4, NVFP4: in their
+    own).
 
     Raises CalibrationError when the Hessian cannot be factored even with heavy damping.
     """
-    hessian = statistics.gram
-    assert hessian is not None
-    idle = hessian.diagonal() <= 0  # channels that calibration never saw: give them the mean, so they round to nearest
-    hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
-    damp = options.percdamp * hessian.diagonal().mean().item()
-    toward = _Toward(weight, statistics) if options.asymmetric else None
-    factored = factor(hessian, _order(hessian, options), damp, statistics.world)
-    target = weight if toward is None else toward.original(factored, options.asymmetric)
-
+    if scheme.kind != "int":
+        return _on_floats(weight, statistics, scheme, options)
+    target, hessian, factored = _prepared(weight, statistics, options)
     moved = scheme.reordered
     groups = _groups_of(factored.order, scheme) if moved else group_of_columns(weight.shape[1], scheme, weight.device)
     # rows are independent from here on: a part of them at a time bounds the temporaries
@@ -85,6 +86,35 @@ def quantize(
     grid = Grid(torch.cat([part.scale for _, part in parts]), torch.cat([part.zero for _, part in parts]))
     tensor = make_qtensor(codes, grid, scheme, scale_dtype, groups if moved else None)
     return Quantized(tensor, _notes(factored.damp, hessian, options))
+
+
+def _on_floats(weight: Tensor, statistics: InputStatistics, scheme: WeightScheme, options: GptqOptions) -> Quantized:
+    """The same onto the codes of MXFP4 and NVFP4. Scales are chosen first, for the error that later columns cannot make up
+    for, and stay: their own grids are too coarse to be fitted."""
+    target, hessian, factored = _prepared(weight, statistics, options)
+    scale, extra = fp4.choose_scales(target, scheme, fp4.Fp4Options(search=options.search), factored.cost)
+    start = QTensor(torch.zeros_like(target, dtype=torch.uint8), scale, scheme, extra=extra)
+    scales, order = start.column_scales()[:, factored.order], factored.order
+    levels = codebook(scheme.kind).unique().to(weight.device)
+    values = torch.empty_like(target)
+    values[:, order] = round_columns(
+        target[:, order],
+        factored.upper,
+        lambda part, inverse, here: compensate_on_levels(part, inverse, scales[:, here], levels),
+    )
+    return Quantized(replace(start, codes=fp4.codes(values)), _notes(factored.damp, hessian, options))
+
+
+def _prepared(weight: Tensor, statistics: InputStatistics, options: GptqOptions) -> tuple[Tensor, Tensor, Factor]:
+    """(the weights to be rounded, the Hessian, which is the statistics' own matrix, and its factor)."""
+    hessian = statistics.gram
+    assert hessian is not None
+    idle = hessian.diagonal() <= 0  # channels that calibration never saw: give them the mean, so they round to nearest
+    hessian.diagonal()[idle] = hessian.diagonal().mean().clamp_min(1e-12)
+    damp = options.percdamp * hessian.diagonal().mean().item()
+    toward = _Toward(weight, statistics) if options.asymmetric else None
+    factored = factor(hessian, _order(hessian, options), damp, statistics.world)
+    return weight if toward is None else toward.original(factored, options.asymmetric), hessian, factored
 
 
 def _round_rows(
@@ -105,7 +135,12 @@ def _round_rows(
     else:
         grid = min_max_grid(weight[:, by_group], scheme, scale_dtype)
     codes = torch.empty_like(target)
-    codes[:, order] = round_columns(target[:, order], factored.upper, grid, groups[order], scheme.max_code)
+    taken = groups[order]
+    codes[:, order] = round_columns(
+        target[:, order],
+        factored.upper,
+        lambda part, inverse, here: compensate(part, inverse, grid, taken[here], scheme.max_code),
+    )
     for _ in range(options.refine):
         grid = Grid(fit_scales(target, codes, grid, groups, hessian, scale_dtype), grid.zero)
         codes = descend_codes(target, codes, grid, groups, hessian, scheme.max_code)
@@ -124,24 +159,22 @@ def _searched(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, co
     return search_grid(weight, scheme, scale_dtype, cost)
 
 
-def round_columns(
-    weight: Tensor, inverse_factor: Tensor, grid: Grid, groups: Tensor, max_code: int, block: int | None = None
-) -> Tensor:
+def round_columns(weight: Tensor, inverse_factor: Tensor, within: Within, block: int | None = None) -> Tensor:
     """The column loop (Algorithm 1 of the paper), lazily in blocks of columns.
 
     weight: [out, in] float32 in the order of processing. inverse_factor: [in, in], the upper Cholesky factor of the
-    inverse Hessian. groups: [in], which of the grid's groups each column belongs to. Returns codes [out, in] as float32.
-    Overwrites `weight`.
+    inverse Hessian. within: the loop within a block: its weights, its part of the factor and which columns it is -> what is
+    kept of them, and their errors. Returns what is kept of all, [out, in] float32. Overwrites `weight`.
     """
-    codes, block = torch.empty_like(weight), block or block_width(weight)
+    kept, block = torch.empty_like(weight), block or block_width(weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
         here = slice(start, stop)
-        codes[:, here], errors = compensate(weight[:, here], inverse_factor[here, here], grid, groups[here], max_code)
+        kept[:, here], errors = within(weight[:, here], inverse_factor[here, here], here)
         # what the rounding of operands to 11 bits loses is a two-thousandth of what is added
         with tensor_float32_products(weight.device):
             weight[:, stop:].addmm_(errors, inverse_factor[start:stop, stop:], alpha=-1)
-    return codes
+    return kept
 
 
 def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
@@ -197,5 +230,6 @@ METHOD = Method(
     quantize,
     needs=lambda options: Needs(gram=True, original=options.asymmetric > 0),
     reordered=lambda options: options.act_order == "desc",
+    kinds=("int", "mxfp4", "nvfp4"),
     by_row=True,
 )

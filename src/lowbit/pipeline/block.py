@@ -139,7 +139,7 @@ def _by_all(job: BlockJob, plan: LayerPlan, stacked: Tensor, statistics: InputSt
     """The method's numbers; every process chooses its share of the rows where rows do not depend on each other, and all
     rows where they do, from the same statistics."""
     scheme, dtype = plan.scheme.weights, job.scale_dtype(plan)
-    if not plan.method.by_row or job.world.size > len(stacked):
+    if not plan.by_row or job.world.size > len(stacked):
         alone: Quantized = plan.method.quantize(stacked, statistics, scheme, plan.options, dtype)
         return alone
     own = stacked[job.world.share(len(stacked))]

@@ -78,7 +78,7 @@ def of_all_experts(statistics: Sequence[InputStatistics]) -> InputStatistics:
 def round_unseen(weight: Tensor, shared: InputStatistics, plan: LayerPlan, scale_dtype: torch.dtype) -> Quantized:
     """An expert that saw too few tokens: weight [out, in] float32, statistics of all experts' inputs."""
     scheme = plan.scheme.weights
-    if not plan.method.by_row or scheme is None or scheme.reordered:
+    if not plan.method.by_row or scheme is None or scheme.reordered or scheme.kind != "int":
         found: Quantized = plan.method.quantize(weight, shared, scheme, plan.options, scale_dtype)
         note = f"{_WHY}: quantized with the inputs of all experts"
     else:

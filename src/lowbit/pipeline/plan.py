@@ -16,13 +16,14 @@ from lowbit.core.streamed_model import StreamedModel
 from lowbit.formats import FORMATS, get_format
 from lowbit.methods import METHODS
 from lowbit.pipeline.kv_cache import cached_layers, scale_names
-from lowbit.pipeline.schemes import Numbers, scheme_of
+from lowbit.pipeline.schemes import GROUP_SIZES, Numbers, scheme_of
 from lowbit.recipe import Recipe
 from lowbit.transforms import TRANSFORMS
 from lowbit.transforms.scaling import Transform
 
 _KV_CACHE_FORMATS = ("compressed-tensors", "modelopt")
-_AUTO_GROUP_SIZES = (128, 64, 32)
+# by kind; floats of 8 bits have one scale a row
+_AUTO_GROUP_SIZES = {"int": (128, 64, 32), "float": (), **{kind: (size,) for kind, size in GROUP_SIZES.items()}}
 _OFFERED_GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 
 
@@ -35,6 +36,12 @@ class LayerPlan:
     scheme: Scheme
     method: Method
     options: Any
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows are chosen without a look at others; NVFP4 has a scale of the whole matrix besides."""
+        weights = self.scheme.weights
+        return self.method.by_row and weights is not None and weights.kind != "nvfp4"
 
     @property
     def needs(self) -> Needs:
@@ -228,7 +235,8 @@ def _with_group_size(recipe: Recipe, quantized: Mapping[str, tuple[int, int]]) -
     if recipe.group_size != "auto":
         return recipe
     inputs = {columns for _, columns in quantized.values()}
-    fitting = (size for size in _AUTO_GROUP_SIZES if all(columns % size == 0 for columns in inputs))
+    sizes = _AUTO_GROUP_SIZES.get(recipe.kind, _AUTO_GROUP_SIZES["int"])
+    fitting = (size for size in sizes if all(columns % size == 0 for columns in inputs))
     return recipe.updated(group_size=next(fitting, 0))
 
 

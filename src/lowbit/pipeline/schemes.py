@@ -19,9 +19,17 @@ _ACTIVATIONS: dict[str, ActivationScheme | None] = {
     "mxfp4": ActivationScheme("mxfp4", 4, "group", True, 32),
     "nvfp4": ActivationScheme("nvfp4", 4, "group", True, 16),
 }
-_METHOD_OF_KIND = {"float": "fp8", "nf4": "bnb", "fp4": "bnb", "mxfp4": "fp4", "nvfp4": "fp4", "int": "rtn or gptq"}
+_METHOD_OF_KIND = {
+    "float": "fp8",
+    "nf4": "bnb",
+    "fp4": "bnb",
+    "mxfp4": "fp4 or gptq",
+    "nvfp4": "fp4 or gptq",
+    "int": "rtn or gptq",
+}
 _BITS = {"float": 8, "nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4}
-_GROUPS = {"mxfp4": (32,), "nvfp4": (16,)}
+# columns that share a scale, where that is part of the kind
+GROUP_SIZES = {"mxfp4": 32, "nvfp4": 16}
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,16 @@ def scheme_of(numbers: Numbers, method: Method, *, reordered: bool) -> Scheme:
     granularity = _granularity(numbers)
     _check_method(numbers, granularity, method)
     size = int(numbers.group_size) if granularity in ("group", "block") else 0
-    allowed = _GROUPS.get(numbers.kind)
-    if allowed and size not in allowed:
-        raise RecipeError(f"{numbers.kind} has groups of {allowed[0]}, not {size}", hint=f"--group-size {allowed[0]}")
+    own = GROUP_SIZES.get(numbers.kind, size)
+    if size != own:
+        raise RecipeError(f"{numbers.kind} has groups of {own}, not {size}", hint=f"--group-size {own}")
     bits = _BITS.get(numbers.kind, numbers.bits)
     if bits > 8:
         raise RecipeError(f"{bits} bit integers are not stored by any format", hint="--bits 8, or --method bf16")
     if numbers.kind != "int" and not numbers.symmetric:
         raise RecipeError(f"{numbers.kind} numbers have no zero points", hint="--sym")
+    if numbers.kind != "int" and reordered:
+        raise RecipeError(f"groups of {numbers.kind} stay where they are", hint="--option act_order=static")
     weights = WeightScheme(numbers.kind, bits, granularity, size, numbers.symmetric, reordered)
     activations = _activations(numbers.activations, size)
     return Scheme(_name(weights, activations), weights, activations)
@@ -71,7 +81,7 @@ def _granularity(numbers: Numbers) -> Granularity:
 def _check_method(numbers: Numbers, granularity: Granularity, method: Method) -> None:
     if numbers.kind not in method.kinds:
         raise RecipeError(
-            f"method {method.name!r} chooses {' and '.join(method.kinds)} numbers, not {numbers.kind}",
+            f"method {method.name!r} chooses {', '.join(method.kinds)} numbers, not {numbers.kind}",
             hint=f"method {_METHOD_OF_KIND[numbers.kind]} does; kind {method.kinds[0]} is what {method.name} makes",
         )
     if granularity not in method.granularities:
