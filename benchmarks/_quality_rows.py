@@ -79,12 +79,7 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "llmcompressor:fp8": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "FP8_DYNAMIC")),
     "llmcompressor:nvfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "NVFP4A16")),
     "llmcompressor:mxfp4": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "MXFP4A16")),
-    **{
-        f"llmcompressor:{name}-gptq": Peer(
-            "llm-compressor", "llmcompressor_scheme.py", ("--scheme", f"{name.upper()}A16", "--gptq")
-        )
-        for name in FLOATS
-    },
+    "llmcompressor:nvfp4-gptq": Peer("llm-compressor", "llmcompressor_scheme.py", ("--scheme", "NVFP4A16", "--gptq")),
     "bitsandbytes:nf4": Here("bitsandbytes_nf4.py"),
     "autoround:signround": Peer("auto-round", "autoround.py"),
     "gptqmodel:gptq": Peer("gptqmodel", "gptqmodel_gptq.py"),
