@@ -38,11 +38,8 @@ class Here:
 OWN: dict[str, Any] = {"bits": None, "group_size": None, "symmetric": None}
 # of files of these types; with an importance matrix their bytes are those of llama-quantize (tests/methods/kquants)
 KQUANTS = ("q4_k_m", "q3_k_s")
-# 4-bit floats, as fields of a recipe
-FLOATS: dict[str, dict[str, Any]] = {
-    "mxfp4": {"kind": "mxfp4", "bits": 4, "group_size": 32, "symmetric": True},
-    "nvfp4": {"kind": "nvfp4", "bits": 4, "group_size": 16, "symmetric": True},
-}
+# 4-bit floats
+FLOATS = ("mxfp4", "nvfp4")
 
 ROWS: dict[str, Ours | Peer | Here] = {
     "ours:rtn": Ours({"method": "rtn"}),
@@ -57,8 +54,8 @@ ROWS: dict[str, Ours | Peer | Here] = {
     "ours:autoround": Ours({"method": "autoround"}),
     "ours:best": Ours({"method": "gptq", "effort": "best"}),
     "ours:best-codes": Ours({"method": "gptq", "effort": "best", "tune_codes": True}),
-    **{f"ours:{name}": Ours({"method": name, **OWN}) for name in ("w8a8", "int8_sq", "fp8", "nf4", "mxfp4", "nvfp4")},
-    **{f"ours:{name}-gptq": Ours({"method": "gptq", **numbers}) for name, numbers in FLOATS.items()},
+    **{f"ours:{name}": Ours({"method": name, **OWN}) for name in ("w8a8", "int8_sq", "fp8", "nf4", *FLOATS)},
+    **{f"ours:{name}-gptq": Ours({"method": "gptq", **OWN, "kind": name}) for name in FLOATS},
     **{f"ours:{name}-best": Ours({"method": name, **OWN, "effort": "best"}) for name in FLOATS},
     **{
         f"ours:{name}-{row}": Ours({"method": name, **OWN, "options": {"refine": row}})

@@ -130,11 +130,14 @@ class Recipe(_Strict):
             raise RecipeError(f"{where}: {field} {message}{suggestion}", hint="lowbit recipe show gptq") from error
 
     def updated(self, **changes: Any) -> Recipe:
-        """The recipe with other values; None leaves a field as it is; calibration fields may be named directly.
+        """The recipe with other values; None leaves a field as it is; calibration fields may be named directly. Another kind
+        of numbers has other groups: without a group_size beside it that becomes "auto".
 
         transform_options go to every transform of the recipe. Raises RecipeError.
         """
         content = self.model_dump()
+        if changes.get("kind") not in (None, self.kind):
+            content["group_size"] = "auto"
         for name, value in changes.items():
             if value is None:
                 continue

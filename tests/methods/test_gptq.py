@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.core.codebooks import codebook
+from lowbit.core.codebooks import codebook, group_scale
 from lowbit.core.errors import CalibrationError
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid, to_codes
 from lowbit.core.scheme import WeightScheme
@@ -91,7 +91,8 @@ def test_small_floats_equal_the_paper_too(kind: Any, group: int, act_order: Any)
     tensor = quantize(weight, statistics, scheme, options).tensor
     by_power = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     order = by_power if act_order == "static" else torch.arange(64)
-    scales, levels = tensor.column_scales()[:, order].double(), codebook(kind).double()
+    scales = group_scale(kind, tensor.scale, tensor.extra).repeat_interleave(group, 1)[:, order].double()
+    levels = codebook(kind).double()
 
     def nearest(column: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         value = levels[(column[:, None] / scales[:, j : j + 1] - levels).abs().argmin(1)]

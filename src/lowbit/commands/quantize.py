@@ -166,7 +166,7 @@ def quantize(
     chosen = _recipe(recipe, method, output).updated(
         kind=kind,
         bits=bits,
-        group_size=parse_group_size("auto" if kind and group_size is None else group_size),
+        group_size=parse_group_size(group_size),
         symmetric=sym,
         dataset=dataset,
         num_samples=num_samples,

@@ -57,7 +57,7 @@ class QTensor:
         The value is code - zero for "int", the code itself for "float", and an entry of the code book for the others.
         A "pre_quant_scale" of the inputs is multiplied in, so that the result applies to plain inputs.
         """
-        scale = self.column_scales()
+        scale = self._column_scale()
         if self.extra is not None and "pre_quant_scale" in self.extra:
             scale = scale * self.extra["pre_quant_scale"].float()
         if self.scheme.kind == "float":
@@ -67,7 +67,7 @@ class QTensor:
         zero = self.scheme.middle if self.zero is None else self._by_column(self.zero.float())
         return self.codes.float().sub_(zero).mul_(scale).to(dtype)
 
-    def column_scales(self) -> Tensor:
+    def _column_scale(self) -> Tensor:
         """float32 scales of every element: [out, in], or [1, in] for a tensor's one scale."""
         scale = group_scale(self.scheme.kind, self.scale, self.extra)
         if self.scheme.granularity == "block":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lowbit.core.primitives import Grid
 from lowbit.methods.compiling import available
 
+# a column's number and its weights in steps of their scales -> what is kept of it, and the step that stands for it
+Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 # columns that see each other's errors one by one; those further on get them together, as a matrix product
 _NEAR = 32
 # columns of a block, on a CPU and on a GPU: there every block is two launches, which few rows hardly take longer than
@@ -37,38 +41,40 @@ def compensate(weight: Tensor, factor: Tensor, grid: Grid, groups: Tensor, max_c
         from lowbit.methods import cpu_kernels
 
         return cpu_kernels.compensate(weight, factor, scale, zero, max_code)
-    # transposed: a column is one contiguous row
-    columns, scales, zeros = (tensor.T.contiguous() for tensor in (weight, scale, zero))
-    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    strength = factor.diagonal().reciprocal().tolist()
-    for start in range(0, len(columns), _NEAR):
-        stop = min(start + _NEAR, len(columns))
-        for j in range(start, stop):
-            code, error = codes[j], errors[j]
-            torch.div(columns[j], scales[j], out=code).add_(zeros[j]).round_().clamp_(0, max_code)
-            torch.sub(code, zeros[j], out=error)
-            torch.addcmul(columns[j], error, scales[j], value=-1, out=error).mul_(strength[j])
-            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return codes.T, errors.T
+    zeros = zero.T.contiguous()
+
+    def nearest(j: int, quotient: Tensor) -> tuple[Tensor, Tensor]:
+        code = quotient.add_(zeros[j]).round_().clamp_(0, max_code)
+        return code, code - zeros[j]
+
+    return _compensate(weight, factor, scale, nearest)
 
 
 def compensate_on_levels(weight: Tensor, factor: Tensor, scale: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """`compensate` for codes that stand for `levels` [n], ascending; scale: [out, n] float32. Returns levels instead of codes.
     In PyTorch everywhere: a column is seven launches on a GPU, of which a model of 7B has a million columns' worth."""
-    columns, scales = weight.T.contiguous(), scale.T.contiguous()
-    nearest, errors = torch.empty_like(columns), torch.empty_like(columns)
     middles = (levels[1:] + levels[:-1]) / 2
+
+    def nearest(j: int, quotient: Tensor) -> tuple[Tensor, Tensor]:
+        level = levels[torch.bucketize(quotient, middles)]
+        return level, level
+
+    return _compensate(weight, factor, scale, nearest)
+
+
+def _compensate(weight: Tensor, factor: Tensor, scale: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
+    # transposed: a column is one contiguous row
+    columns, scales = weight.T.contiguous(), scale.T.contiguous()
+    kept, errors = torch.empty_like(columns), torch.empty_like(columns)
     strength = factor.diagonal().reciprocal().tolist()
     for start in range(0, len(columns), _NEAR):
         stop = min(start + _NEAR, len(columns))
         for j in range(start, stop):
-            level, error = nearest[j], errors[j]
-            level.copy_(levels[torch.bucketize(columns[j] / scales[j], middles)])
-            torch.addcmul(columns[j], level, scales[j], value=-1, out=error).mul_(strength[j])
+            kept[j], level = nearest(j, columns[j] / scales[j])
+            error = torch.addcmul(columns[j], level, scales[j], value=-1, out=errors[j]).mul_(strength[j])
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return nearest.T, errors.T
+    return kept.T, errors.T
 
 
 def descend_(gradient: Tensor, hessian: Tensor, grid: Grid, groups: Tensor, codes: Tensor, max_code: int) -> Tensor:

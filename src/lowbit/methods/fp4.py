@@ -49,7 +49,7 @@ def quantize(
     cost = torch.ones_like(weight[0]) if statistics is None or statistics.gram is None else statistics.gram.diagonal()
     scale, extra = choose_scales(weight, scheme, options, cost)
     grouped = weight.view(weight.shape[0], -1, scheme.group_size)
-    nearest = codes(grouped / group_scale(scheme.kind, scale, extra)[..., None])
+    nearest = nearest_codes(grouped / group_scale(scheme.kind, scale, extra)[..., None])
     return Quantized(QTensor(nearest.view(weight.shape), scale, scheme, extra=extra))
 
 
@@ -74,7 +74,7 @@ def _least_error(grouped: Tensor, costs: Tensor, candidates: list[Tensor], value
     best, lowest = candidates[0], torch.full(grouped.shape[:-1], torch.inf, device=grouped.device)
     for candidate in candidates:
         scale = value(candidate)[..., None]
-        rounded = book[codes(grouped / scale).int()] * scale
+        rounded = book[nearest_codes(grouped / scale).int()] * scale
         error = ((rounded - grouped).square() * costs).sum(-1)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
@@ -99,7 +99,7 @@ def _fractions(grouped: Tensor, global_scale: Tensor, options: Fp4Options) -> li
     return [(exact * share).clamp(smallest, _LARGEST_SCALE).to(torch.float8_e4m3fn) for share in shares]
 
 
-def codes(scaled: Tensor) -> Tensor:
+def nearest_codes(scaled: Tensor) -> Tensor:
     """Nearest E2M1 codes, ties to the even code as hardware rounds: uint8, bit 3 is the sign."""
     magnitude = scaled.abs()
     code = torch.zeros_like(scaled, dtype=torch.uint8)

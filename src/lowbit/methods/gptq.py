@@ -13,13 +13,13 @@ Transformers", 2022, Algorithm 1. Additions, each switchable:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.core.codebooks import codebook
+from lowbit.core.codebooks import codebook, group_scale
 from lowbit.core.contracts import Method, Needs, Quantized
 from lowbit.core.primitives import Grid, group_of_columns, min_max_grid, search_grid
 from lowbit.core.qtensor import QTensor
@@ -93,16 +93,17 @@ def _on_floats(weight: Tensor, statistics: InputStatistics, scheme: WeightScheme
     for, and stay: their own grids are too coarse to be fitted."""
     target, hessian, factored = _prepared(weight, statistics, options)
     scale, extra = fp4.choose_scales(target, scheme, fp4.Fp4Options(search=options.search), factored.cost)
-    start = QTensor(torch.zeros_like(target, dtype=torch.uint8), scale, scheme, extra=extra)
-    scales, order = start.column_scales()[:, factored.order], factored.order
-    levels = codebook(scheme.kind).unique().to(weight.device)
+    order, levels = factored.order, codebook(scheme.kind).unique().to(weight.device)
+    groups = group_of_columns(weight.shape[1], scheme, weight.device)
+    scales = group_scale(scheme.kind, scale, extra)[:, groups[order]]
     values = torch.empty_like(target)
     values[:, order] = round_columns(
         target[:, order],
         factored.upper,
         lambda part, inverse, here: compensate_on_levels(part, inverse, scales[:, here], levels),
     )
-    return Quantized(replace(start, codes=fp4.codes(values)), _notes(factored.damp, hessian, options))
+    tensor = QTensor(fp4.nearest_codes(values), scale, scheme, extra=extra)
+    return Quantized(tensor, _notes(factored.damp, hessian, options))
 
 
 def _prepared(weight: Tensor, statistics: InputStatistics, options: GptqOptions) -> tuple[Tensor, Tensor, Factor]:
